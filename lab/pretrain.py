@@ -1,0 +1,219 @@
+"""Pre-train the lab's base model from nothing, or measure it.
+
+`python lab/pretrain.py` writes lab/base/; `python lab/pretrain.py --measure` samples it and prints
+its figures.
+"""
+
+import json
+import random
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import tyro
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from lab.task import VOCABULARY, boxed_answer, make_tokenizer, problems, write_document
+
+BASE = Path(__file__).resolve().parent / "base"
+
+
+@dataclass
+class Args:
+    measure: bool = False
+    """sample the checkpoint and print its figures instead of training"""
+    checkpoint: str = str(BASE)
+    """folder to write, or to measure"""
+    seed: int = 1
+    steps: int = 2000
+    documents_per_step: int = 128
+    learning_rate: float = 3e-3
+    decay_share: float = 0.4
+    """share of the steps, at the end, over which the learning rate falls to zero"""
+    rich_share: float = 0.5
+    """share of the steps, at the start, with many "Let" documents"""
+    rich_let_share: float = 0.6
+    samples: int = 8
+    """responses per problem when measuring"""
+    max_tokens: int = 192
+    """length at which a sampled response is cut"""
+    threads: int = 1
+
+
+# ------------------------------------------------------------------------------ pre-training
+
+
+def make_model(tokenizer) -> Qwen3ForCausalLM:
+    config = Qwen3Config(
+        vocab_size=len(VOCABULARY),
+        hidden_size=96,
+        intermediate_size=192,
+        num_hidden_layers=3,
+        # vLLM's CPU attention wants heads of 32; even head counts allow tensor parallel 2
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=512,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="float32",
+    )
+    return Qwen3ForCausalLM(config)
+
+
+def train_step(model, documents: list[list[int]], pad: int, buckets: int = 4) -> float:
+    """Accumulate the gradient of the mean loss per token over `documents`; return that loss.
+
+    The documents are sorted and cut into buckets of like length to save padding. All buckets
+    share one normaliser, the step's token count: were each its own mean, a token of a short
+    document would weigh more than one of a long document.
+    """
+    documents = sorted(documents, key=len)
+    size = -(-len(documents) // buckets)
+    tokens = sum(len(ids) - 1 for ids in documents)
+    total = 0.0
+    for i in range(0, len(documents), size):
+        bucket = documents[i : i + size]
+        width = len(bucket[-1])
+        batch = torch.tensor([ids + [pad] * (width - len(ids)) for ids in bucket])  # (B, T)
+        # Padding is on the right, where causal attention never looks back from a real token.
+        logits = model(input_ids=batch[:, :-1]).logits  # (B, T-1, V)
+        loss = F.cross_entropy(
+            logits.flatten(0, 1), batch[:, 1:].flatten(), ignore_index=pad, reduction="sum"
+        )
+        (loss / tokens).backward()
+        total += loss.item()
+    return total / tokens
+
+
+def pretrain(args: Args) -> None:
+    torch.manual_seed(args.seed)
+    rng = random.Random(args.seed)
+    tokenizer = make_tokenizer()
+    model = make_model(tokenizer)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.98))
+    warmup, decay = 50, args.decay_share * args.steps
+
+    start = time.time()
+    for step in range(args.steps):
+        lr_factor = min(1.0, (step + 1) / warmup, (args.steps - step) / decay)
+        optimizer.param_groups[0]["lr"] = args.learning_rate * lr_factor
+        # "Let" is rare in the final mix; seen that rarely from the start it would stay unlearnt.
+        mix = {"let_share": args.rich_let_share} if step < args.rich_share * args.steps else {}
+        texts = [write_document(rng, **mix) for _ in range(args.documents_per_step)]
+        loss = train_step(model, tokenizer(texts)["input_ids"], tokenizer.pad_token_id)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % 100 == 0:
+            print(f"step {step + 1} loss {loss:.4f} seconds {time.time() - start:.0f}", flush=True)
+
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,  # the default of 50 would cut nothing from 32 tokens, but be plain about it
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model.save_pretrained(args.checkpoint)
+    tokenizer.save_pretrained(args.checkpoint)
+
+
+# --------------------------------------------------------------------------------- measuring
+
+
+@torch.no_grad()
+def sample(model, tokenizer, prompts: list[str], max_tokens: int) -> list[list[int]]:
+    """One response at temperature 1 for each prompt: token ids, with <eos> unless truncated.
+
+    All prompts must have the same number of tokens, so that no padding is needed.
+    """
+    tokens = torch.tensor(tokenizer(prompts)["input_ids"])  # (B, T)
+    rows = list(range(len(prompts)))  # of the prompts still unfinished
+    responses = [[] for _ in prompts]
+    cache = None
+    for _ in range(max_tokens):
+        out = model(input_ids=tokens, past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        tokens = torch.multinomial(out.logits[:, -1].softmax(-1), 1)  # (B, 1)
+        for row, token in zip(rows, tokens[:, 0].tolist()):
+            responses[row].append(token)
+        going = (tokens[:, 0] != tokenizer.eos_token_id).nonzero()[:, 0]
+        if len(going) == 0:
+            break
+        if len(going) < len(rows):
+            rows = [rows[i] for i in going.tolist()]
+            tokens = tokens[going]
+            cache.batch_select_indices(going)
+    return responses
+
+
+def mean(values) -> float:
+    values = list(values)
+    return sum(values) / len(values) if values else float("nan")
+
+
+def measure(checkpoint: str, split: str, samples: int, max_tokens: int, seed: int) -> dict:
+    """Figures of a checkpoint on one split; `samples` responses to each problem."""
+    torch.manual_seed(seed)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    tasks = [task for task in problems(split) for _ in range(samples)]
+    prompts = [task["problem"] for task in tasks]
+    responses = sample(model, tokenizer, prompts, max_tokens)
+    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+    right = [boxed_answer(text) == task["answer"] for text, task in zip(texts, tasks)]
+    styles = ["Let" if ". Let " in text else "So" if ". So " in text else None for text in texts]
+    # "Let" is too rare to be judged on its own few samples: also put the word in its mouth.
+    forced = [f"{p} Compute {p[2:6]}. Let " for p in prompts]
+    forced_texts = tokenizer.batch_decode(sample(model, tokenizer, forced, max_tokens))
+    return {
+        f"avg@{samples}": mean(right),
+        f"pass@{samples}": mean(any(right[i : i + samples]) for i in range(0, len(right), samples)),
+        "length (tokens)": mean(len(ids) for ids in responses),
+        "truncated": mean(ids[-1] != tokenizer.eos_token_id for ids in responses),
+        "wait per response": mean(text.count("wait ") for text in texts),
+        "alternatively per response": mean(text.count("alternatively ") for text in texts),
+        "share of Let": mean(style == "Let" for style in styles),
+        "right in So": mean(r for r, style in zip(right, styles) if style == "So"),
+        "right in Let": mean(r for r, style in zip(right, styles) if style == "Let"),
+        "right if Let is forced": mean(
+            boxed_answer(text) == task["answer"] for text, task in zip(forced_texts, tasks)
+        ),
+    }
+
+
+def main(args: Args) -> None:
+    torch.set_num_threads(args.threads)
+    if not args.measure:
+        return pretrain(args)
+    start = time.time()
+    figures = {
+        split: measure(args.checkpoint, split, args.samples, args.max_tokens, args.seed)
+        for split in ("test", "hard")
+    }
+    print(json.dumps({**figures, "seconds": round(time.time() - start, 1)}))
+    print("\n| figure | test | hard |\n|---|---|---|")
+    for name in figures["test"]:
+        digits = 1 if "tokens" in name else 3
+        test, hard = figures["test"][name], figures["hard"][name]
+        print(f"| {name} | {test:.{digits}f} | {hard:.{digits}f} |")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
