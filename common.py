@@ -1,0 +1,1151 @@
+"""Helpers of the four training scripts: small, independent functions that a reader can skip.
+
+The algorithms are in grpo_baseline.py, prerl.py, nsr_prerl.py and dsrl.py; nothing here decides what
+is learned. In order of use: command line and processes, problems, engine and rollout, verification,
+advantages and loss, policy and micro-batches, evaluation, output folder and checkpoints.
+"""
+
+import dataclasses
+import datetime
+import functools
+import json
+import logging
+import math
+import multiprocessing
+import os
+import random
+import re
+import resource
+import shutil
+import sys
+import time
+import traceback
+import types
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+HERE = Path(__file__).resolve().parent
+
+# ------------------------------------------------------------------- command line and processes
+
+# A preset replaces defaults; an explicit flag beats both. Fields a script lacks are skipped.
+PRESETS = {
+    "paper": {},
+    "lab": dict(
+        model=str(HERE / "lab" / "base"),
+        dataset="lab",
+        eval_datasets=("lab",),
+        system_prompt="",
+        num_steps=60,
+        num_prompts=16,
+        num_generations=8,
+        max_prompt_length=16,
+        max_completion_length=192,
+        learning_rate=3e-4,
+        weight_decay=0.0,
+        eval_every=20,
+        save_every=0,
+        warmup_steps=10,
+        dtype="float32",
+        max_tokens_per_microbatch=16384,
+        gradient_checkpointing=False,
+    ),
+    "smollm": dict(
+        model="smollm2",
+        dataset="arithmetic",
+        eval_datasets=("arithmetic",),
+        system_prompt="",
+        num_steps=20,
+        num_prompts=8,
+        num_generations=8,
+        max_prompt_length=384,
+        max_completion_length=64,
+        learning_rate=2e-5,
+        weight_decay=0.0,
+        eval_every=10,
+        eval_num_samples=4,
+        save_every=0,
+        warmup_steps=5,
+        dtype="float32",
+        max_tokens_per_microbatch=4096,
+        gradient_checkpointing=False,
+    ),
+}
+
+
+def fail(message: str) -> None:
+    """Bad input: one line from rank 0 on stderr, exit code 2."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def parse_args(Args):
+    """Command line -> Args, with the preset's values in place of the dataclass's defaults."""
+    import tyro
+
+    argv = [word for arg in sys.argv[1:] for word in arg.split("=", 1)]
+    preset = argv[argv.index("--preset") + 1] if "--preset" in argv[:-1] else "paper"
+    fields = {field.name for field in dataclasses.fields(Args)}
+    values = {k: v for k, v in PRESETS.get(preset, {}).items() if k in fields}
+    return tyro.cli(Args, default=dataclasses.replace(Args(), **values))
+
+
+def launch(main, args) -> None:
+    """Run main(args) in one process per GPU (`--num-processes` on a CPU), or as torchrun's rank.
+
+    Processes are started by torch.distributed.run, which is what `torchrun` calls.
+    """
+    if "RANK" in os.environ:
+        return main(args)
+    if not torch.cuda.is_available() and args.preset == "paper" and not Path(args.model).is_dir():
+        fail(
+            f"no GPU was found, and {args.model} with the paper's setting needs a GPU node. On a "
+            "laptop: --preset lab or --preset smollm, or a local model folder as --model"
+        )
+    n = args.num_processes or torch.cuda.device_count() or 1
+    cores = len(os.sched_getaffinity(0))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, min(8, cores // n))))
+    # Spinning threads take the cores from the other ranks' and the verifier's processes.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TORCHELASTIC_LOG_LEVEL", "CRITICAL")
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    try:
+        torchrun(["--standalone", f"--nproc-per-node={n}", *sys.argv])
+    except ChildFailedError as error:
+        sys.exit(max(1, error.get_first_failure()[1].exitcode))
+
+
+def init_distributed() -> tuple[int, int, torch.device]:
+    """Join the process group. Returns rank, world size and this rank's device."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine lives in this process
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)  # before the engine is made
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+    else:
+        device = torch.device("cpu")
+        dist.init_process_group("gloo")
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def make_output_dir(args) -> Path:
+    """The run's folder, the same on every rank, with args.json."""
+    name = Path(sys.argv[0]).stem
+    when = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    model, data = Path(args.model).name, Path(args.dataset).stem
+    folder = [args.output_dir or f"runs/{name}__{model}__{data}__s{args.seed}__{when}"]
+    dist.broadcast_object_list(folder)
+    folder = Path(folder[0])
+    if (folder / "metrics.jsonl").exists() and not args.resume:
+        fail(f"{folder} holds another run: give another --output-dir, or --resume to go on with it")
+    if dist.get_rank() == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
+        except OSError as error:
+            fail(f"the output folder cannot be written: {error}")
+    dist.barrier()
+    return folder
+
+
+def quiet(folder: Path):
+    """Send everything the libraries print to log_rank*.txt; return print for the console (rank 0).
+
+    An exception that ends the process is still shown on the console, in one line.
+    """
+    rank = dist.get_rank()
+    console = os.fdopen(os.dup(2), "w", buffering=1)
+    log = open(folder / f"log_rank{rank}.txt", "a", buffering=1)
+    sys.stdout.flush()
+    os.dup2(log.fileno(), 1)
+    os.dup2(log.fileno(), 2)
+
+    def on_error(kind, error, trace):
+        traceback.print_exception(kind, error, trace)
+        print(f"rank {rank} failed: {error} (details in {log.name})", file=console)
+
+    sys.excepthook = on_error
+    return functools.partial(print, file=console) if rank == 0 else lambda *words: None
+
+
+def shutdown(engine) -> None:
+    """Close the engine, then the process group (which the engine may have closed already)."""
+    dist.barrier()
+    engine.llm_engine.engine_core.shutdown()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# ------------------------------------------------------------------------------------- problems
+
+# name -> (hub id, split). The only place where hub ids of data sets are written.
+HUB_DATASETS = {
+    "math": ("DigitalLearningGmbH/MATH-lighteval", "train"),
+    "math500": ("HuggingFaceH4/MATH-500", "test"),
+    "aime24": ("HuggingFaceH4/aime_2024", "train"),
+    "aime25": ("math-ai/aime25", "test"),
+    "amc23": ("math-ai/amc23", "test"),
+    "minerva": ("math-ai/minervamath", "test"),
+    "olympiadbench": ("math-ai/olympiadbench", "test"),
+}
+
+HUB_OWNERS = {"Qwen": "Qwen", "Llama": "meta-llama", "SmolLM": "HuggingFaceTB"}
+
+
+def resolve_model(name: str) -> str:
+    """A folder, a hub id, "smollm2", or the bare name of a known family.
+
+    >>> resolve_model("Qwen2.5-Math-7B")
+    'Qwen/Qwen2.5-Math-7B'
+    """
+    if Path(name).is_dir():
+        if not list(Path(name).glob("*.safetensors")):
+            fail(f"--model {name}: the folder holds no *.safetensors")
+        return name
+    if name == "smollm2":
+        from lab import smollm2
+
+        return smollm2.checkpoint()
+    if "/" not in name:
+        owner = next((o for family, o in HUB_OWNERS.items() if name.startswith(family)), None)
+        if owner is None:
+            fail(f"--model {name}: no such folder, and no known family; give a hub id OWNER/NAME")
+        return f"{owner}/{name}"
+    if name.startswith(("/", ".")):
+        fail(f"--model {name}: no such folder")
+    return name
+
+
+def load_model_files(args):
+    """Config, tokenizer and local path of --model; refuses what the trainer cannot handle."""
+    from huggingface_hub import snapshot_download
+    from transformers import AutoConfig, AutoTokenizer
+
+    path = resolve_model(args.model)
+    try:
+        if not Path(path).is_dir():
+            if dist.get_rank() == 0:
+                snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt"])
+            dist.barrier()
+            path = snapshot_download(path, local_files_only=True)
+        config = AutoConfig.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:
+        fail(f"--model {args.model} cannot be loaded: {str(error).splitlines()[0]}")
+    if len(tokenizer) > config.vocab_size:
+        fail(f"--model {args.model}: {len(tokenizer)} tokens, but {config.vocab_size} embeddings")
+    if config.num_attention_heads % args.tensor_parallel_size:
+        fail(
+            f"--tensor-parallel-size {args.tensor_parallel_size} does not divide the model's "
+            f"{config.num_attention_heads} attention heads"
+        )
+    return path, config, tokenizer
+
+
+def find_bos(tokenizer, bos_token: str) -> int:
+    """Id of the pre-train space's one-token context: --bos-token, BOS, else <|im_start|>."""
+    if bos_token:
+        ids = tokenizer.encode(bos_token, add_special_tokens=False)
+        if len(ids) != 1:
+            fail(f"--bos-token {bos_token!r} is {len(ids)} tokens; it must be exactly one")
+        return ids[0]
+    if tokenizer.bos_token_id is not None:
+        return tokenizer.bos_token_id
+    if "<|im_start|>" in tokenizer.get_vocab():
+        return tokenizer.convert_tokens_to_ids("<|im_start|>")
+    fail("the tokenizer has neither a BOS nor <|im_start|>: name one with --bos-token")
+
+
+def load_problems(name: str, split: str) -> list[dict]:
+    """[{"problem": text or chat messages, "answer": LaTeX}], each problem once.
+
+    Args:
+        name: math, lab, arithmetic, an evaluation set's short name, a hub id, or a .parquet/.jsonl.
+        split: "train" or "test"; only lab, arithmetic and other hub ids have both.
+    """
+    if name in ("lab", "arithmetic"):
+        from lab import arithmetic, task
+
+        rows = (task if name == "lab" else arithmetic).problems(split)
+    else:
+        import datasets
+
+        try:
+            if name.endswith((".parquet", ".jsonl")):
+                kind = "json" if name.endswith(".jsonl") else "parquet"
+                rows = datasets.load_dataset(kind, data_files=name, split="train")
+            else:
+                hub_id, split = HUB_DATASETS.get(name, (name, split))
+                rows = datasets.load_dataset(hub_id, split=split)
+        except Exception as error:
+            fail(f"data set {name} cannot be loaded: {str(error).splitlines()[0]}")
+    problems = {}
+    for row in rows:
+        problem = next((row[k] for k in ("problem", "question", "prompt") if row.get(k)), None)
+        answer = row.get("answer") or (row.get("reward_model") or {}).get("ground_truth")
+        answer = answer or last_boxed(row.get("solution") or "")
+        if isinstance(answer, list):  # OlympiadBench
+            answer = answer[0]
+        if problem and answer not in (None, ""):
+            problems.setdefault(str(problem), {"problem": problem, "answer": str(answer)})
+    if not problems:
+        fail(
+            f"data set {name}: no row has a problem (column problem, question or prompt) and an "
+            "answer (column answer, solution or reward_model.ground_truth)"
+        )
+    return list(problems.values())
+
+
+def encode_prompts(problems: list[dict], tokenizer, args, say=print) -> list[dict]:
+    """Add "prompt_ids" to each problem; leave out those over --max-prompt-length, with a count."""
+    for problem in problems:
+        messages = problem["problem"]
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        messages = [m for m in messages if m["role"] != "system"]
+        if args.system_prompt:
+            messages = [{"role": "system", "content": args.system_prompt}, *messages]
+        if tokenizer.chat_template:
+            problem["prompt_ids"] = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, enable_thinking=False, return_dict=False
+            )
+        else:
+            problem["prompt_ids"] = tokenizer.encode("\n\n".join(m["content"] for m in messages))
+    kept = [p for p in problems if len(p["prompt_ids"]) <= args.max_prompt_length]
+    if not kept:
+        fail(f"all {len(problems)} prompts are longer than --max-prompt-length")
+    if len(kept) < len(problems):
+        say(f"{len(problems) - len(kept)} of {len(problems)} prompts are too long: left out")
+    return kept
+
+
+def pick_problems(problems: list, step: int, num_prompts: int, seed: int) -> list:
+    """The problems of a step (from 1): every epoch a new permutation, its last part batch dropped.
+
+    A function of (seed, step) alone, so that resuming needs no data-loader state.
+
+    >>> [pick_problems(["a", "b", "c"], step, 1, 0) for step in (1, 2, 3)]
+    [['a'], ['c'], ['b']]
+    """
+    per_epoch = len(problems) // num_prompts
+    epoch, batch = divmod(step - 1, per_epoch)
+    order = random.Random(f"{seed} epoch {epoch}").sample(range(len(problems)), len(problems))
+    return [problems[i] for i in order[batch * num_prompts : (batch + 1) * num_prompts]]
+
+
+# --------------------------------------------------------------------------- engine and rollout
+
+
+def make_engine(path: str, tokenizer, args):
+    """vLLM in this process. Ranks r*TP .. r*TP+TP-1 form one tensor-parallel engine.
+
+    Weights are not read from disk: the first sync brings them. The engine's vocabulary is cut to the
+    tokenizer's, so that the ids Qwen pads its embeddings with can never be sampled.
+    """
+    from vllm import LLM
+
+    if torch.cuda.is_available():
+        # CUDA graphs stay on; sleep mode gives the memory back to the trainer between rollouts.
+        extra = dict(
+            gpu_memory_utilization=args.gpu_memory_utilization,
+            enable_sleep_mode=True,
+        )
+    else:
+        extra = dict(enforce_eager=True, kv_cache_memory_bytes=1 << 30, max_num_seqs=256)
+    set_num_threads = torch.set_num_threads
+    engine = LLM(
+        path,
+        load_format="dummy",
+        hf_overrides={"vocab_size": len(tokenizer)},
+        dtype=args.dtype,
+        tensor_parallel_size=args.tensor_parallel_size,
+        distributed_executor_backend="external_launcher",
+        max_model_len=args.max_prompt_length + args.max_completion_length,
+        logprobs_mode="processed_logprobs",  # of the distribution that was sampled from
+        seed=args.seed,
+        disable_log_stats=True,
+        **extra,
+    )
+    torch.set_num_threads = set_num_threads  # vLLM's CPU worker puts a stub in its place
+    if torch.cuda.is_available():
+        # Level 1 keeps a copy in host memory. Level 2 drops the weights, which would be right as
+        # every sync replaces them, but has had bugs that return garbage.
+        engine.sleep(level=1)
+    return engine
+
+
+def sync_weights(engine, policy, dtype: torch.dtype) -> None:
+    """Send the trainer's weights to the engine, one parameter at a time, each gathered from all ranks.
+
+    On CUDA the weights wake first and the KV cache only in rollout(): they never peak together.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        if engine.llm_engine.is_sleeping():
+            engine.wake_up(tags=["weights"])
+
+    def weights():
+        for name, parameter in policy.lm.named_parameters():
+            # Cast first: half the bytes travel.
+            weight = parameter.detach().to(dtype).full_tensor()
+            cut = name.endswith(("embed_tokens.weight", "lm_head.weight"))
+            yield name, weight[: policy.vocab_size] if cut else weight
+
+    engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights()})
+    engine.reset_prefix_cache()
+
+
+def rollout(engine, problems: list[dict], num_samples: int, seed: str, args) -> list[dict]:
+    """Sample y ~ π(·|x): `num_samples` responses to each problem, this rank's share of them.
+
+    Each tensor-parallel group takes every n-th problem; each of its ranks keeps a part of the
+    samples. A sample depends only on (seed, problem's place, its number), not on the ranks.
+
+    Returns:
+        dicts of index (problem * num_samples + number), ids (int32 [T], EOS included), logprobs
+        (float32 [T], the sampler's) and truncated (bool).
+    """
+    from vllm import SamplingParams
+
+    tp, rank = args.tensor_parallel_size, dist.get_rank()
+    mine = range(rank // tp, len(problems), dist.get_world_size() // tp)
+    params = [
+        SamplingParams(
+            n=num_samples,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            max_tokens=args.max_completion_length,
+            seed=random.Random(f"{seed} {i}").getrandbits(31),
+            logprobs=0,
+            detokenize=False,
+        )
+        for i in mine
+    ]
+    if torch.cuda.is_available():
+        engine.wake_up(tags=["kv_cache"])
+    prompts = [{"prompt_token_ids": problems[i]["prompt_ids"]} for i in mine]
+    outputs = engine.generate(prompts, params, use_tqdm=False) if prompts else []
+    if torch.cuda.is_available():
+        engine.sleep(level=1)
+    samples = []
+    for i, output in zip(mine, outputs):
+        for g, y in enumerate(output.outputs):
+            if (i * num_samples + g) % tp == rank % tp:
+                logprobs = [step[token].logprob for step, token in zip(y.logprobs, y.token_ids)]
+                samples.append(
+                    dict(
+                        index=i * num_samples + g,
+                        ids=np.array(y.token_ids, dtype=np.int32),
+                        logprobs=np.array(logprobs, dtype=np.float32),
+                        truncated=y.finish_reason == "length",
+                    )
+                )
+    return samples
+
+
+def gather(samples: list[dict]) -> list[dict]:
+    """Every rank's samples on every rank, by index."""
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, samples)
+    return sorted((s for part in parts for s in part), key=lambda s: s["index"])
+
+
+# --------------------------------------------------------------------------------- verification
+
+
+def last_boxed(text: str) -> str | None:
+    r"""The content of the last \boxed{...} whose braces close, None if there is none.
+
+    >>> last_boxed(r"\boxed{1} so \boxed{\frac{1}{2}}"), last_boxed(r"\boxed{1")
+    ('\\frac{1}{2}', None)
+    """
+    start = text.rfind("\\boxed{")
+    while start >= 0:
+        depth = 0
+        for i in range(start + 6, len(text)):
+            depth += {"{": 1, "}": -1}.get(text[i], 0)
+            if depth == 0:
+                return text[start + 7 : i].strip()
+        start = text.rfind("\\boxed{", 0, start)
+        if len(text) - start > 100_000:  # unclosed boxes in a very long text: linear, not squared
+            return None
+    return None
+
+
+def limit_memory() -> None:
+    """A verifier process may take 4 GiB of address space more than it has at the start."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + (4 << 30)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+
+
+def start_verifier():
+    """A pool of processes that judge answers; a process past its deadline is killed and replaced."""
+    from pebble import ProcessPool
+
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    workers = max(1, min(8, len(os.sched_getaffinity(0)) // local))
+    # Forked from a clean server: never from this process with its engine and threads.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["common", "math_verify"])
+    pool = ProcessPool(max_workers=workers, context=context, initializer=limit_memory)
+    pool.schedule(math_verify_equal, args=("1", "1")).result()
+    return pool
+
+
+def math_verify_equal(answer: str, gold: str) -> bool:
+    """Are two LaTeX answers mathematically equal? Runs in a verifier process."""
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    config = [LatexExtractionConfig(boxed_match_priority=0)]
+    # No time-outs of its own: they need signals. The pool's deadline is the hard one.
+    gold_parsed, answer_parsed = (
+        parse(f"\\boxed{{{text}}}", extraction_config=config, parsing_timeout=None)
+        for text in (gold, answer)
+    )
+    if not gold_parsed or not answer_parsed:
+        return False
+    return bool(verify(gold_parsed, answer_parsed, timeout_seconds=None))
+
+
+def verify(pool, texts: list[str], golds: list[str], args) -> tuple[list[float], int, int]:
+    r"""Reward r ∈ {0, 1} of each response, with the numbers of time-outs and errors.
+
+    Only the content of the last \boxed{} is judged. Equal strings and equal integers need no
+    algebra; the others go to the pool, each distinct pair once.
+    """
+    pairs = [(last_boxed(text), gold.strip()) for text, gold in zip(texts, golds)]
+    verdicts, futures = {}, {}
+    for answer, gold in set(pairs):
+        if answer is None or len(answer) > 1000:
+            verdicts[answer, gold] = False
+        elif answer == gold or args.grader == "boxed-string":
+            verdicts[answer, gold] = answer == gold
+        elif re.fullmatch(r"-?[0-9]{1,15}", answer) and re.fullmatch(r"-?[0-9]{1,15}", gold):
+            verdicts[answer, gold] = int(answer) == int(gold)
+        else:
+            futures[answer, gold] = pool.schedule(
+                math_verify_equal, args=(answer, gold), timeout=args.verify_timeout
+            )
+    timeouts = errors = 0
+    for pair, future in futures.items():
+        verdicts[pair] = False
+        try:
+            verdicts[pair] = future.result()
+        except TimeoutError:
+            timeouts += 1
+        except Exception:
+            errors += 1
+    return [float(verdicts[pair]) for pair in pairs], timeouts, errors
+
+
+# Our own counter: the paper does not say how it counts. Phrases, whole words, any case.
+REFLECTION = re.compile(
+    r"\b(wait|hold on|let me (double[- ]?check|check|verify|re-?examine|reconsider)|on second "
+    r"thought)\b",
+    re.IGNORECASE,
+)
+TRANSITION = re.compile(
+    r"\b(alternatively|another (approach|method)|a different (approach|method)|let me try)\b",
+    re.IGNORECASE,
+)
+
+
+def judge(samples: list[dict], golds: list[str], tokenizer, pool, args) -> dict:
+    """Add text, reward and thoughts to this rank's samples; a truncated response gets reward 0.
+
+    Args:
+        golds: the answer of each of the step's samples, by index.
+
+    Returns:
+        the counts timeouts and errors.
+    """
+    texts = tokenizer.batch_decode([s["ids"] for s in samples], skip_special_tokens=True)
+    answers = [golds[s["index"]] for s in samples]
+    rewards, timeouts, errors = verify(pool, texts, answers, args)
+    for sample, text, reward in zip(samples, texts, rewards):
+        sample["reward"] = 0.0 if sample["truncated"] else reward
+        sample["text"] = text
+        sample["reflection"] = len(REFLECTION.findall(text))
+        sample["transition"] = len(TRANSITION.findall(text))
+    counts = torch.tensor([timeouts, errors])
+    dist.all_reduce(counts)
+    return {"verify/timeouts": int(counts[0]), "verify/errors": int(counts[1])}
+
+
+# --------------------------------------------------------------------------- advantages and loss
+
+
+def advantages(rewards: torch.Tensor, group_size: int, kind: str) -> torch.Tensor:
+    """A [N] from r [N], whose groups of `group_size` neighbours answer the same problem.
+
+    grpo: (r - group mean) / (group std + 1e-6), the sample's std (ddof 1), as verl. dr_grpo: r -
+    group mean. rloo: r - mean of the others in the group. reinforce++: (r - mean) / (std + 1e-6)
+    over the whole batch.
+
+    >>> advantages(torch.tensor([1.0, 0.0, 0.0, 0.0]), 4, "dr_grpo")
+    tensor([ 0.7500, -0.2500, -0.2500, -0.2500])
+    >>> advantages(torch.tensor([1.0, 0.0, 0.0, 0.0]), 4, "grpo")
+    tensor([ 1.5000, -0.5000, -0.5000, -0.5000])
+    >>> advantages(torch.tensor([1.0, 0.0, 0.0, 0.0]), 4, "rloo")
+    tensor([ 1.0000, -0.3333, -0.3333, -0.3333])
+    """
+    if kind == "reinforce++":
+        return (rewards - rewards.mean()) / (rewards.std() + 1e-6)
+    r = rewards.view(-1, group_size)  # [P, G]
+    A = r - r.mean(1, keepdim=True)
+    if kind == "grpo":
+        A = A / (r.std(1, keepdim=True) + 1e-6)
+    elif kind == "rloo":
+        A = A * group_size / (group_size - 1)
+    return A.flatten()
+
+
+def sign_weights(A: torch.Tensor, positive: float, negative: float) -> torch.Tensor:
+    """Weight [N] of each sample: `positive` where A > 0, `negative` where A < 0.
+
+    A sample with A = 0 belongs to neither sign; it counts (in the mean) when both signs do.
+
+    >>> sign_weights(torch.tensor([2.0, -1.0, 0.0]), 0.1, 1.0)
+    tensor([0.1000, 1.0000, 1.0000])
+    >>> sign_weights(torch.tensor([2.0, -1.0, 0.0]), 0.0, 1.0)
+    tensor([0., 1., 0.])
+    """
+    neither = torch.full_like(A, float(positive != 0 and negative != 0))
+    return torch.where(A > 0, positive, torch.where(A < 0, negative, neither))
+
+
+def token_weights(counted: torch.Tensor, lengths: torch.Tensor, kind: str, max_length: int):
+    """What a token of each sample weighs in the loss [N]; the sum over the step makes a mean.
+
+    One normaliser for the whole step, so micro-batches and ranks only add up.
+
+    Args:
+        counted: bool [N]; lengths: response tokens [N]; max_length: of a completion, in tokens.
+
+    >>> token_weights(torch.tensor([True, True]), torch.tensor([1, 3]), "token-mean", 8)
+    tensor([0.2500, 0.2500])
+    >>> token_weights(torch.tensor([True, True]), torch.tensor([1, 4]), "seq-mean-token-mean", 8)
+    tensor([0.5000, 0.1250])
+    """
+    n = counted.sum().clamp(min=1)
+    if kind == "token-mean":
+        weight = torch.ones_like(lengths) / (lengths * counted).sum().clamp(min=1)
+    elif kind == "seq-mean-token-mean":
+        weight = 1 / (n * lengths)
+    else:  # seq-mean-token-sum-norm
+        weight = torch.ones_like(lengths) / (n * max_length)
+    return weight * counted
+
+
+def clipped_objective(logp, old_logp, A, clip_low: float, clip_high: float, dual_clip: float):
+    """PPO's clipped objective per token [n], with clip-higher and dual clip (to be maximised).
+
+    On-policy old_logp = logp: the value is A and the gradient A ∇logp. Dual clip (arXiv 1912.09729)
+    bounds the objective of A < 0 from below by dual_clip * A.
+
+    >>> logp = torch.tensor([0.5, 0.5, 3.0])
+    >>> clipped_objective(logp, torch.zeros(3), torch.tensor([1.0, -1.0, -1.0]), 0.2, 0.28, 10.0)
+    tensor([  1.2800,  -1.6487, -10.0000])
+    """
+    ratio = torch.exp(logp - old_logp)
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    objective = torch.minimum(ratio * A, clipped * A)
+    return torch.where(A < 0, torch.maximum(objective, dual_clip * A), objective)
+
+
+# ---------------------------------------------------------------------- policy and micro-batches
+
+
+class TokenLogprobs(torch.autograd.Function):
+    """log softmax(h Wᵀ / temperature)[y] and the entropy, a chunk of tokens at a time.
+
+    Neither pass holds more than one chunk of logits; the backward computes them again. The gradient
+    of W adds up in place, where autograd would make a new [V, H] for every chunk.
+    """
+
+    @staticmethod
+    def forward(ctx, h, W, y, temperature: float, chunk: int):
+        ctx.save_for_backward(h, W, y)
+        ctx.temperature, ctx.chunk = temperature, chunk
+        logp, entropy = h.new_empty(len(h), dtype=torch.float32), []
+        for i in range(0, len(h), chunk):
+            logprobs = ((h[i : i + chunk] @ W.T).float() / temperature).log_softmax(-1)  # [c, V]
+            logp[i : i + chunk] = logprobs.gather(1, y[i : i + chunk, None])[:, 0]
+            entropy.append(-(logprobs.exp() * logprobs).sum(-1))
+        entropy = torch.cat(entropy) if entropy else logp.clone()
+        ctx.mark_non_differentiable(entropy)
+        return logp, entropy
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        h, W, y = ctx.saved_tensors
+        grad_h = torch.zeros_like(h)
+        grad_W = torch.zeros(W.shape, dtype=torch.float32, device=W.device)
+        for i in range(0, len(h), ctx.chunk):
+            h_c, g = h[i : i + ctx.chunk], grad[i : i + ctx.chunk, None] / ctx.temperature
+            d = ((h_c @ W.T).float() / ctx.temperature).softmax(-1).mul_(-g)  # [c, V]
+            d.scatter_add_(1, y[i : i + ctx.chunk, None], g)  # ∂logp/∂logits = onehot(y) - softmax
+            d = d.to(h.dtype)
+            grad_h[i : i + ctx.chunk] = d @ W
+            grad_W += d.T @ h_c
+        return grad_h, grad_W.to(W.dtype), None, None, None
+
+
+class Policy(nn.Module):
+    """A Hugging Face causal LM whose forward gives log-probs of chosen tokens, never full logits.
+
+    A module of its own so that FSDP's root gathers embeddings and head around this very forward.
+    """
+
+    def __init__(self, lm, vocab_size: int, temperature: float, chunk: int = 2048):
+        super().__init__()
+        self.lm, self.vocab_size = lm, vocab_size
+        self.temperature, self.chunk = temperature, chunk
+
+    def forward(self, tokens: torch.Tensor, is_response: torch.Tensor):
+        """log π(token_t | tokens_<t) and entropy, both float32 [n], at the n marked tokens.
+
+        Args:
+            tokens: [B, L], right-padded. Attention is causal, so padding needs no mask; positions
+                start at 0, whichever the context is.
+            is_response: bool [B, L].
+        """
+        hidden = self.lm.model(input_ids=tokens, use_cache=False).last_hidden_state  # [B, L, H]
+        marked = is_response[:, 1:]  # position t-1 predicts token t
+        head = self.lm.lm_head.weight[: self.vocab_size]  # without the padded vocabulary
+        return TokenLogprobs.apply(
+            hidden[:, :-1][marked], head, tokens[:, 1:][marked], self.temperature, self.chunk
+        )
+
+
+def load_policy(path: str, config, tokenizer, args, device) -> Policy:
+    """The model sharded by FSDP2: float32 master weights, compute in --dtype, float32 reduce.
+
+    Rank 0 reads the checkpoint, the others receive their shards.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation="sdpa"
+        )
+    if args.gradient_checkpointing:
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
+    policy = Policy(lm, len(tokenizer), args.temperature).train()
+    shard = dict(
+        mesh=init_device_mesh(device.type, (dist.get_world_size(),)),
+        mp_policy=MixedPrecisionPolicy(getattr(torch, args.dtype), reduce_dtype=torch.float32),
+    )
+    if args.cpu_offload:
+        shard["offload_policy"] = CPUOffloadPolicy()
+    for layer in lm.model.layers:
+        fully_shard(layer, **shard)
+    fully_shard(policy, **shard)
+    policy.to_empty(device=torch.device("cpu") if args.cpu_offload else device)
+    lm.tie_weights()  # to_empty gives tied parameters one tensor each
+
+    state, buffers = {}, {}
+    if dist.get_rank() == 0:
+        full = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+        state = {f"lm.{name}": tensor for name, tensor in full.state_dict().items()}
+        buffers = {f"lm.{name}": tensor for name, tensor in full.named_buffers()}
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
+    set_model_state_dict(policy, state, options=options)
+    for name, buffer in policy.named_buffers():  # rotary frequencies are in no state dict
+        value = [buffers.get(name)]
+        dist.broadcast_object_list(value)
+        policy.get_submodule(name.rpartition(".")[0]).register_buffer(
+            name.rpartition(".")[2], value[0].to(device), persistent=False
+        )
+    return policy
+
+
+def plan_microbatches(indices: list[int], lengths: list[int], max_tokens: int, world_size: int):
+    """Pack samples of like length: a list of micro-batches (lists of indices) for each rank.
+
+    No micro-batch pads to more than `max_tokens` (unless one sample alone does); every rank gets
+    the same number, since FSDP's collectives must stay aligned: largest ones are halved, and empty
+    ones added, until it fits. Those that run side by side on different ranks are of like length.
+
+    >>> plan_microbatches([0, 1, 2, 3], [5, 9, 4, 10], 20, 1)
+    [[[3, 1], [0, 2]]]
+    >>> plan_microbatches([0, 1, 2], [5, 9, 4], 100, 2)
+    [[[1]], [[0, 2]]]
+    """
+    batches = []
+    for i in sorted(indices, key=lambda i: (-lengths[i], i)):
+        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= max_tokens:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    while len(batches) % world_size:
+        big = max(range(len(batches)), key=lambda b: lengths[batches[b][0]] * len(batches[b]))
+        half = len(batches[big]) // 2
+        if half == 0:
+            batches.append([])
+        else:
+            batches[big : big + 1] = [batches[big][:half], batches[big][half:]]
+    return [batches[rank::world_size] for rank in range(world_size)]
+
+
+def collate(contexts: list[list[int]], responses: list[np.ndarray], batch: list[int], device):
+    """Tokens [B, L], right-padded, and the response mask [B, L] of the samples in `batch`.
+
+    An empty batch gives one row of two tokens, none of them marked.
+    """
+    width = max((len(contexts[i]) + len(responses[i]) for i in batch), default=2)
+    tokens = np.zeros((max(1, len(batch)), width), dtype=np.int64)
+    is_response = np.zeros_like(tokens, dtype=bool)
+    for row, i in enumerate(batch):
+        start, end = len(contexts[i]), len(contexts[i]) + len(responses[i])
+        tokens[row, :start], tokens[row, start:end] = contexts[i], responses[i]
+        is_response[row, start:end] = True
+    return torch.from_numpy(tokens).to(device), torch.from_numpy(is_response).to(device)
+
+
+@torch.no_grad()
+def score(policy, prompts: list[list[int]], samples: list[dict], args, device) -> dict:
+    """The canary: some of the step's samples scored by the trainer, with the prompt.
+
+    One micro-batch a rank, of at most 16 samples. Runs before the update: the engine has these very
+    weights, so the gap is rounding only; a large one means the sync failed.
+
+    Returns:
+        sync/logprob_gap: mean |trainer's - sampler's log-prob| per token; policy/entropy: mean
+        entropy of π(·|x, y_<t), nats per token.
+    """
+    rank, batch, width = dist.get_rank(), [], 0
+    responses = [s["ids"] for s in samples]
+    for i in range(rank, len(samples), dist.get_world_size()):
+        width = max(width, len(prompts[i]) + len(responses[i]))
+        if len(batch) == 16 or (
+            batch and width * (len(batch) + 1) > args.max_tokens_per_microbatch
+        ):
+            break
+        batch.append(i)
+    tokens, is_response = collate(prompts, responses, batch, device)
+    logp, entropy = policy(tokens, is_response)
+    policy.reshard()  # FSDP's root stays gathered after a forward without backward
+    gap = (logp - sampler_logprobs(samples, batch, device)).abs().cpu()
+    total = torch.tensor([gap.sum(), entropy.sum().cpu(), len(gap)], dtype=torch.float64)
+    dist.all_reduce(total)
+    gap, entropy = (total[:2] / total[2].clamp(min=1)).tolist()
+    return {"sync/logprob_gap": gap, "policy/entropy": entropy}
+
+
+def check_gap(gap: float, args) -> None:
+    """Stop if the engine's log-probs have left the trainer's (not comparable for top-p < 1)."""
+    limit = args.max_logprob_gap or (0.001 if args.dtype == "float32" else 0.1)
+    if args.top_p == 1 and not gap <= limit:
+        raise RuntimeError(
+            f"sync/logprob_gap is {gap:.4g}, over {limit:g}: the engine does not sample from the "
+            "trainer's weights, so this step would train on a lie. The weight sync is broken"
+        )
+
+
+# ----------------------------------------------------------------------------------- evaluation
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Unbiased 1 - C(n-c, k) / C(n, k): the chance that k of n samples hold one of the c right ones.
+
+    >>> pass_at_k(8, 0, 8), pass_at_k(8, 1, 8), pass_at_k(4, 2, 1)
+    (0.0, 1.0, 0.5)
+    """
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def evaluate(engine, datasets: dict, tokenizer, pool, args) -> dict:
+    """eval/NAME/avg@k and pass@k of each data set; the same seeds at every call."""
+    metrics, k = {}, args.eval_num_samples
+    for name, problems in datasets.items():
+        samples = rollout(engine, problems, k, f"{args.seed} eval", args)
+        judge(samples, [p["answer"] for p in problems for _ in range(k)], tokenizer, pool, args)
+        right = np.array([s["reward"] for s in gather(samples)]).reshape(-1, k)  # [problems, k]
+        metrics[f"eval/{name}/avg@{k}"] = float(right.mean())
+        passes = [pass_at_k(k, int(c), k) for c in right.sum(1)]
+        metrics[f"eval/{name}/pass@{k}"] = float(np.mean(passes))
+    return metrics
+
+
+# --------------------------------------------------------------- output folder and checkpoints
+
+
+def make_logger(folder: Path, args):
+    """log(step, metrics): metrics.jsonl, TensorBoard, and wandb or trackio under --track (rank 0)."""
+    if dist.get_rank() != 0:
+        return lambda step, metrics: None
+    from torch.utils.tensorboard import SummaryWriter
+
+    board = SummaryWriter(folder)
+    tracker = None
+    if args.track != "none":
+        tracker = __import__(args.track)
+        tracker.init(project="pretrain-space-rl", name=folder.name, config=vars(args))
+
+    def log(step: int, metrics: dict) -> None:
+        finite = {k: None if v != v else v for k, v in metrics.items()}  # JSON has no NaN
+        with open(folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(finite) + "\n")
+        for key, value in metrics.items():
+            if isinstance(value, (int, float)):
+                board.add_scalar(key, value, step)
+        board.flush()
+        if tracker:
+            tracker.log(metrics, step=step)
+
+    return log
+
+
+def save_completions(folder: Path, step: int, problems, samples, A, num_generations, tokenizer):
+    """completions/step_*.parquet: one row a sample (rank 0)."""
+    if dist.get_rank() != 0:
+        return
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [
+        dict(
+            prompt=tokenizer.decode(problems[s["index"] // num_generations]["prompt_ids"]),
+            response=s["text"],
+            reward=s["reward"],
+            advantage=float(A[s["index"]]),
+            length=len(s["ids"]),
+            finish_reason="length" if s["truncated"] else "stop",
+        )
+        for s in samples
+    ]
+    (folder / "completions").mkdir(exist_ok=True)
+    path = folder / "completions" / f"step_{step:06d}.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+def save_checkpoint(folder: Path, step: int, policy, optimizer) -> None:
+    """checkpoints/step_*: every rank its shards; complete or absent, never half."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    path = folder / "checkpoints" / f"step_{step:06d}"
+    temporary = path.with_suffix(".tmp")
+    if dist.get_rank() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    dist.barrier()
+    model, optim = get_state_dict(policy, optimizer)
+    dcp.save({"model": model, "optimizer": optim}, checkpoint_id=temporary)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(path, ignore_errors=True)
+        temporary.rename(path)
+    dist.barrier()
+
+
+def load_checkpoint(folder: Path, policy, optimizer, args) -> int:
+    """Restore --resume (a checkpoint's path, or "auto": the latest one). Returns its step, else 0.
+
+    Later lines of metrics.jsonl are cut off, so that every step is there once.
+    """
+    if not args.resume:
+        return 0
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    found = sorted(p for p in (folder / "checkpoints").glob("step_??????") if p.is_dir())
+    path = Path(args.resume) if args.resume != "auto" else found[-1] if found else None
+    step = int(path.name.removeprefix("step_")) if path and path.is_dir() else 0
+    if path and not step:
+        fail(f"--resume {path}: no such checkpoint")
+    if step:
+        model, optim = get_state_dict(policy, optimizer)
+        dcp.load({"model": model, "optimizer": optim}, checkpoint_id=path)
+        set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=optim)
+    metrics = folder / "metrics.jsonl"
+    if dist.get_rank() == 0 and metrics.exists():
+        lines = [x for x in metrics.read_text().splitlines() if x.endswith("}")]
+        # Step 0, the evaluation before training, is done again when no checkpoint was found.
+        kept = [x for x in lines if step and json.loads(x)["step"] <= step]
+        metrics.write_text("".join(x + "\n" for x in kept))
+    dist.barrier()
+    return step
+
+
+def save_model(folder: Path, policy, config, tokenizer, path: str, dtype: torch.dtype) -> None:
+    """model/: a Hugging Face checkpoint, gathered one parameter at a time into rank 0's memory."""
+    from huggingface_hub import save_torch_state_dict
+    from transformers import GenerationConfig
+
+    state = {}
+    for name, parameter in policy.lm.named_parameters():
+        weight = parameter.detach().to(dtype).full_tensor().cpu()
+        if dist.get_rank() == 0:
+            state[name] = weight
+    if dist.get_rank() == 0:
+        out = folder / "model"
+        out.mkdir(exist_ok=True)
+        save_torch_state_dict(state, out)
+        config.dtype = dtype
+        config.architectures = [type(policy.lm).__name__]
+        config.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+        if (Path(path) / "generation_config.json").exists():
+            GenerationConfig.from_pretrained(path).save_pretrained(out)
+    dist.barrier()
+
+
+def timer():
+    """A clock: times["name"] += seconds since the last call of lap("name")."""
+    clock = types.SimpleNamespace(times={}, last=time.perf_counter())
+
+    def lap(name: str) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        clock.times[name] = clock.times.get(name, 0.0) + now - clock.last
+        clock.last = now
+
+    clock.lap = lap
+    return clock
+
+
+def peak_memory_gib() -> float:
+    """Of this process: the CUDA allocator's peak, or the largest resident set on a CPU; GiB."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def check_args(args) -> None:
+    """Refuse values no run can have, before anything is loaded."""
+    world_size = dist.get_world_size()
+    positive = "num_prompts num_generations max_prompt_length max_completion_length num_minibatches"
+    for name in (positive + " temperature learning_rate max_grad_norm verify_timeout").split():
+        if not 0 < getattr(args, name) < math.inf:
+            fail(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
+    if not 0 < args.top_p <= 1:
+        fail(f"--top-p must be in (0, 1], not {args.top_p}")
+    if args.num_generations == 1 and args.negatives == "advantage":
+        if args.advantage != "reinforce++":
+            fail("--num-generations 1 leaves every advantage 0: a group needs 2 or more responses")
+    if world_size % args.tensor_parallel_size:
+        fail(
+            f"--tensor-parallel-size {args.tensor_parallel_size} does not divide the {world_size} "
+            "processes"
+        )
+    if args.track != "none":
+        try:
+            __import__(args.track)
+        except ImportError:
+            fail(f"--track {args.track}: pip install {args.track}")
+
+
+def fit_context(args, config, say) -> None:
+    """Cut --max-completion-length, and if need be --max-prompt-length, to the model's context."""
+    context = config.max_position_embeddings
+    if args.max_prompt_length + args.max_completion_length > context:
+        args.max_prompt_length = min(args.max_prompt_length, context // 2)
+        args.max_completion_length = context - args.max_prompt_length
+        say(
+            f"the model's context is {context} tokens: prompts are cut to "
+            f"{args.max_prompt_length}, completions to {args.max_completion_length}"
+        )
+
+
+def make_optimizer(policy, args):
+    """AdamW with the paper's betas, over this rank's shards."""
+    return torch.optim.AdamW(
+        policy.parameters(),
+        lr=args.learning_rate,
+        betas=(0.9, 0.999),
+        weight_decay=args.weight_decay,
+    )
+
+
+def clip_gradients(policy, max_norm: float) -> float:
+    """Scale the gradients to `max_norm` if their norm is larger. Returns the norm before."""
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm).full_tensor().item()
+    if not math.isfinite(norm):
+        raise RuntimeError(f"the gradient norm is {norm}: no update was made")
+    return norm
+
+
+def sampler_logprobs(samples: list[dict], batch: list[int], device) -> torch.Tensor:
+    """The engine's log-probs of the batch's response tokens, float32 [n]."""
+    parts = [samples[i]["logprobs"] for i in batch] or [np.zeros(0, np.float32)]
+    return torch.from_numpy(np.concatenate(parts)).to(device)
+
+
+def rollout_metrics(samples: list[dict], rewards: torch.Tensor, args) -> dict:
+    """What the step's samples look like."""
+    solved = rewards.view(-1, args.num_generations).mean(1)  # [P]
+
+    def mean(key):
+        return float(np.mean([s[key] for s in samples]))
+
+    return {
+        "reward/mean": rewards.mean().item(),
+        "reward/solve_all": (solved == 1).float().mean().item(),
+        "reward/solve_none": (solved == 0).float().mean().item(),
+        "completion/length": float(np.mean([len(s["ids"]) for s in samples])),
+        "completion/truncated": mean("truncated"),
+        "thoughts/reflection": mean("reflection"),
+        "thoughts/transition": mean("transition"),
+    }
+
+
+def speed_metrics(clock, rollout_tokens: int, update_tokens: int) -> dict:
+    """Seconds of each part, tokens per second, peak memory."""
+    times = dict(clock.times)
+    return {
+        **times,
+        "time/step": sum(times.values()),
+        "throughput/rollout_tokens_per_s": rollout_tokens / times["time/rollout"],
+        "throughput/update_tokens_per_s": update_tokens / times["time/update"],
+        "memory/peak_gib": peak_memory_gib(),
+    }
+
+
+def progress_line(metrics: dict, num_steps: int) -> str:
+    """The step in one line of the console."""
+    parts = [
+        f"step {metrics['step']}/{num_steps} {metrics['phase']:8}",
+        f"reward {metrics['reward/mean']:.3f}",
+        f"length {metrics['completion/length']:.0f}",
+        f"entropy {metrics['policy/entropy']:.2f}",
+        f"grad {metrics['policy/grad_norm']:.2f}",
+        f"gap {metrics['sync/logprob_gap']:.0e}",
+        f"{metrics['time/step']:.1f} s",
+    ]
+    parts += [f"{key} {value:.3f}" for key, value in metrics.items() if key.startswith("eval/")]
+    return "  ".join(parts)
+
+
+def say_summary(folder: Path, say) -> None:
+    """The run's evaluations before and after, and where its outputs are."""
+    if dist.get_rank() != 0:
+        return
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    evals = [row for row in rows if any(key.startswith("eval/") for key in row)]
+    say()
+    if evals:
+        first, last = evals[0], evals[-1]
+        say(f"{'held-out':28} step {first['step']:<6} step {last['step']}")
+        for key in (key for key in last if key.startswith("eval/")):
+            say(f"{key.removeprefix('eval/'):28} {first[key]:<11.3f} {last[key]:.3f}")
+    seconds = sum(row.get("time/step", 0.0) for row in rows)
+    say(f"{len(rows)} lines of metrics, {seconds:.0f} s of steps")
+    say(f"model {folder / 'model'}, metrics {folder / 'metrics.jsonl'}, curves: TensorBoard")

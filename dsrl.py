@@ -1,0 +1,297 @@
+"""DSRL, dual space RL ("policy reincarnation"), of "From P(y|x) to P(y)" (arXiv 2604.14142).
+
+    python dsrl.py --model Qwen2.5-Math-7B          one node, one process per GPU
+    python dsrl.py --preset lab                     the same code on a laptop's CPU, in minutes
+
+Responses are always sampled with the prompt, y ~ π(·|x), and verified: r ∈ {0, 1}. For the first S
+steps the update is NSR-PreRL's: it lowers log π(y_t | BOS, y_<t), x dropped, of the samples with
+A < 0. From step S + 1 on it is GRPO's, on the same weights and optimiser:
+
+    ∇J = E[ Σ_t ∇log π(y_t | x^{1[s>S]}, y_<t) · A · 1[s > S or A < 0] ]
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+import common
+
+
+@dataclass
+class Args:
+    preset: Literal["paper", "lab", "smollm"] = "paper"
+    """set of defaults: the paper's Qwen3-4B setting, or one for a laptop; explicit flags beat it"""
+    model: str = "Qwen/Qwen3-4B"
+    """hub id, local folder, or bare name of a known family (Qwen2.5-Math-7B)"""
+    dataset: str = "math"
+    """math, lab, arithmetic, a hub id, or a local .parquet or .jsonl file"""
+    eval_datasets: tuple[str, ...] = ("aime24", "aime25", "amc23")
+    """held-out problems, named as --dataset or aime24, aime25, amc23, math500, minerva,
+    olympiadbench"""
+    output_dir: str = ""
+    """folder of the run; default runs/SCRIPT__MODEL__DATASET__sSEED__TIME"""
+    seed: int = 1
+    """of data order and sampling"""
+    num_steps: int = 348
+    """rollout and update steps (paper: 348, 6 epochs of MATH)"""
+
+    # Rollout
+    num_prompts: int = 128
+    """problems per step, over all ranks"""
+    num_generations: int = 8
+    """responses per problem (group size G)"""
+    system_prompt: str = "Please reason step by step, and put your final answer within \\boxed{}."
+    """put before every problem; empty for none"""
+    max_prompt_length: int = 1024
+    """tokens; longer prompts are left out"""
+    max_completion_length: int = 8192
+    """tokens; cut to the model's context"""
+    temperature: float = 1.0
+    """of sampling; log-probs in the loss are at the same temperature"""
+    top_p: float = 1.0
+    """nucleus of sampling"""
+    grader: Literal["math-verify", "boxed-string"] = "math-verify"
+    """mathematical equality of the last box, or the authors' exact string match"""
+    verify_timeout: float = 5.0
+    """seconds for one answer; after that it scores 0"""
+    mask_truncated: bool = False
+    """leave truncated responses out of the update (paper: they count as wrong)"""
+
+    # Method
+    warmup_steps: int = 20
+    """S, steps of NSR-PreRL before RL (paper: 20; 10 to 25 is the good range)"""
+    warmup_space: Literal["pretrain", "posttrain"] = "pretrain"
+    """likelihood of the warm-up: log π(y|BOS), or log π(y|x) as an ablation"""
+    reset_optimizer_at_switch: bool = False
+    """forget AdamW's moments after step S"""
+    bos_token: str = ""
+    """the pre-train space's context; default the tokenizer's BOS, else <|im_start|>"""
+    pretrain_loss_coef: float = 1.0
+    """factor of the loss in the warm-up (the authors' code: 0.01)"""
+    advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce++"] = "grpo"
+    """of the RL phase; the warm-up's is r - group mean (dr_grpo)"""
+    negatives: Literal["advantage", "reward"] = "advantage"
+    """negative means A < 0, or every wrong sample: then A = +1 if right, -1 if wrong"""
+    positive_weight: float = 1.0
+    """factor of samples with A > 0; 0 leaves them out"""
+    negative_weight: float = 1.0
+    """factor of samples with A < 0; 0 leaves them out"""
+    loss_aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"] = (
+        "token-mean"
+    )
+    """how tokens' losses become one number, over all counted samples of the step"""
+    num_minibatches: int = 1
+    """optimiser updates per step; clipping and old log-probs only act when more than 1"""
+    clip_low: float = 0.2
+    """ratio is clipped below 1 - this"""
+    clip_high: float = 0.2
+    """ratio is clipped above 1 + this"""
+    dual_clip: float = 10.0
+    """bound of the ratio where A < 0"""
+    tis_cap: float = 0.0
+    """cap of the truncated importance weight trainer / sampler, RL phase only; 0 = off"""
+
+    # Optimiser
+    learning_rate: float = 1e-6
+    """constant, AdamW with betas 0.9 and 0.999"""
+    weight_decay: float = 0.01
+    """AdamW's, decoupled"""
+    max_grad_norm: float = 1.0
+    """gradients are scaled down to this norm"""
+
+    # Evaluation and output
+    eval_every: int = 20
+    """steps; also before the first and after the last; 0 = never"""
+    eval_num_samples: int = 8
+    """k of avg@k and pass@k"""
+    save_every: int = 50
+    """steps between checkpoints for --resume, and between saved completions; 0 = never"""
+    resume: str = ""
+    """path of a checkpoint, or auto: the latest in --output-dir"""
+    track: Literal["none", "wandb", "trackio"] = "none"
+    """service to log to, beside metrics.jsonl and TensorBoard"""
+
+    # Machine
+    num_processes: int = 0
+    """0 = one per GPU, or one on a CPU"""
+    tensor_parallel_size: int = 1
+    """ranks per vLLM engine (paper: 2)"""
+    gpu_memory_utilization: float = 0.6
+    """share of a GPU's memory for vLLM during rollouts"""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """of compute and of the engine; master weights are always float32"""
+    max_tokens_per_microbatch: int = 16384
+    """padded tokens in one forward pass"""
+    gradient_checkpointing: bool = True
+    """recompute each layer's activations in the backward pass"""
+    cpu_offload: bool = False
+    """weights and optimiser state in host memory"""
+    max_logprob_gap: float = 0.0
+    """stop when |trainer - sampler log-prob| is larger; 0 = 0.001 (float32) or 0.1 (bfloat16)"""
+
+
+def main(args: Args) -> None:
+    # 0. Every rank runs this same function: one engine per tensor-parallel group, one shard each
+    rank, world_size, device = common.init_distributed()
+    common.check_args(args)
+    path, config, tokenizer = common.load_model_files(args)
+    train = common.load_problems(args.dataset, "train")
+    evals = {name: common.load_problems(name, "test") for name in args.eval_datasets}
+    bos = common.find_bos(tokenizer, args.bos_token)
+    folder = common.make_output_dir(args)
+    say = common.quiet(folder)
+    common.fit_context(args, config, say)
+    train = common.encode_prompts(train, tokenizer, args, say)
+    evals = {name: common.encode_prompts(e, tokenizer, args, say) for name, e in evals.items()}
+    say(f"{args.model}: {len(train)} problems, {world_size} ranks, output in {folder}")
+    say(f"the pre-train space's context is token {bos}, {tokenizer.convert_ids_to_tokens(bos)!r}")
+
+    dtype = getattr(torch, args.dtype)
+    verifier = common.start_verifier()
+    engine = common.make_engine(path, tokenizer, args)
+    policy = common.load_policy(path, config, tokenizer, args, device)
+    optimizer = common.make_optimizer(policy, args)
+    done = common.load_checkpoint(folder, policy, optimizer, args)
+    log = common.make_logger(folder, args)
+    common.sync_weights(engine, policy, dtype)
+    if args.eval_every and not done:
+        scores = common.evaluate(engine, evals, tokenizer, verifier, args)
+        log(0, {"step": 0, **scores})
+        say("step 0  " + "  ".join(f"{key} {value:.3f}" for key, value in scores.items()))
+
+    for step in range(done + 1, args.num_steps + 1):
+        clock = common.timer()
+        warmup = step <= args.warmup_steps  # s ≤ S
+        if step == args.warmup_steps + 1 and args.reset_optimizer_at_switch:
+            optimizer = common.make_optimizer(policy, args)
+
+        # 1. Rollout: y ~ π(·|x), always with the prompt; G responses to each of P problems
+        problems = common.pick_problems(train, step, args.num_prompts, args.seed)
+        samples = common.rollout(
+            engine, problems, args.num_generations, f"{args.seed} {step}", args
+        )
+        clock.lap("time/rollout")
+
+        # 2. Verify: r ∈ {0, 1}. From here on every rank holds all N = P * G samples
+        golds = [p["answer"] for p in problems for _ in range(args.num_generations)]
+        counts = common.judge(samples, golds, tokenizer, verifier, args)
+        samples = common.gather(samples)
+        prompts = [p["prompt_ids"] for p in problems for _ in range(args.num_generations)]  # x
+        responses = [s["ids"] for s in samples]  # y
+        lengths = torch.tensor([len(y) for y in responses])  # [N]
+        rewards = torch.tensor([s["reward"] for s in samples])  # [N]
+        clock.lap("time/verify")
+
+        # The canary: does the engine sample from the trainer's weights?
+        canary = common.score(policy, prompts, samples, args, device)
+        common.check_gap(canary["sync/logprob_gap"], args)
+        clock.lap("time/sync")
+
+        # 3. Advantage A [N]
+        kind = "dr_grpo" if warmup else args.advantage  # dr_grpo: r - group mean
+        A = common.advantages(rewards, args.num_generations, kind)
+        if args.negatives == "reward":
+            A = 2 * rewards - 1
+
+        # 4. Which samples count, and in which space: the methods differ here only
+        counted = (A < 0) | torch.tensor(not warmup)  # 1[s > S or A < 0]
+        pretrain = warmup and args.warmup_space == "pretrain"
+        contexts = [[bos]] * len(prompts) if pretrain else prompts  # x^{1[s>S]}
+        phase, coef = ("pretrain", args.pretrain_loss_coef) if warmup else ("rl", 1.0)
+        tis_cap = 0.0 if warmup else args.tis_cap
+
+        weight = common.sign_weights(A, args.positive_weight, args.negative_weight)
+        counted &= weight != 0
+        if args.mask_truncated:
+            counted &= ~torch.tensor([s["truncated"] for s in samples])
+        A = weight * A
+
+        # 5. Update: one optimiser step per mini-batch of the counted samples
+        order = torch.randperm(len(A), generator=torch.Generator().manual_seed(step))
+        total = [len(x) + len(y) for x, y in zip(contexts, responses)]  # tokens of each sequence
+        stats = torch.zeros(3, dtype=torch.float64)  # Σ loss, Σ logp, tokens
+        grad_norm, updates = float("nan"), 0
+        old_logps = {}
+        for old in (True, False) if args.num_minibatches > 1 else (False,):
+            for minibatch in order.chunk(args.num_minibatches):
+                chosen = torch.zeros_like(counted)
+                chosen[minibatch] = counted[minibatch]
+                scale = common.token_weights(  # [N], sums to a mean over the counted tokens
+                    chosen, lengths, args.loss_aggregation, args.max_completion_length
+                )
+                # A sample with A = 0 counts in the mean, but has no gradient to compute
+                active = (chosen & (A != 0)).nonzero()[:, 0].tolist()
+                if not active:
+                    continue
+                plan = common.plan_microbatches(
+                    active, total, args.max_tokens_per_microbatch, world_size
+                )
+                for batch in plan[rank]:
+                    tokens, is_response = common.collate(contexts, responses, batch, device)
+                    n = [len(responses[i]) for i in batch]
+                    if old:  # the trainer's own log-probs before the first update
+                        with torch.no_grad():
+                            logp = policy(tokens, is_response)[0]
+                        old_logps.update(zip(batch, logp.split(n)))
+                        continue
+                    logp, _ = policy(tokens, is_response)  # [n] log π(y_t | context, y_<t)
+                    old_logp = logp.detach()  # on-policy: the ratio is 1, the gradient A ∇log π
+                    if args.num_minibatches > 1:
+                        old_logp = torch.cat([old_logps[i] for i in batch] or [old_logp])
+                    per_token = torch.tensor(n, device=device)
+                    A_t = A[batch].to(device).repeat_interleave(per_token)  # [n]
+                    objective = common.clipped_objective(
+                        logp, old_logp, A_t, args.clip_low, args.clip_high, args.dual_clip
+                    )
+                    if tis_cap:  # E_sampler -> E_trainer, truncated
+                        sampler = common.sampler_logprobs(samples, batch, device)
+                        objective = objective * (old_logp - sampler).exp().clamp(max=tis_cap)
+                    scale_t = scale[batch].to(device).repeat_interleave(per_token)  # [n]
+                    loss = -coef * (scale_t * objective).sum()
+                    (loss * world_size).backward()  # FSDP averages over ranks; the loss is a sum
+                    stats += torch.stack([loss, logp.sum(), logp.new_tensor(len(logp))]).cpu()
+                if not old:
+                    grad_norm = common.clip_gradients(policy, args.max_grad_norm)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    updates += 1
+        dist.all_reduce(stats)
+        clock.lap("time/update")
+
+        # 6. Sync: the engine gets the new weights
+        if updates:
+            common.sync_weights(engine, policy, dtype)
+        clock.lap("time/sync")
+
+        # 7. Log, evaluate, save
+        metrics = {"step": step, "phase": phase}
+        metrics |= common.rollout_metrics(samples, rewards, args) | counts | canary
+        metrics |= {
+            "policy/loss": stats[0].item(),
+            "policy/grad_norm": grad_norm,
+            "policy/counted_samples": int(counted.sum()),
+            "policy/counted_tokens": int(lengths[counted].sum()),
+            "policy/logprob": (stats[1] / stats[2]).item(),
+        }
+        metrics |= common.speed_metrics(clock, int(lengths.sum()), int(stats[2]))
+        if args.save_every and step % args.save_every == 0:
+            common.save_checkpoint(folder, step, policy, optimizer)
+        if step == 1 or step == args.num_steps or (args.save_every and step % args.save_every == 0):
+            common.save_completions(
+                folder, step, problems, samples, A, args.num_generations, tokenizer
+            )
+        if args.eval_every and (step % args.eval_every == 0 or step == args.num_steps):
+            metrics |= common.evaluate(engine, evals, tokenizer, verifier, args)
+        log(step, metrics)
+        say(common.progress_line(metrics, args.num_steps))
+
+    common.save_model(folder, policy, config, tokenizer, path, dtype)
+    common.say_summary(folder, say)
+    verifier.stop()
+    common.shutdown(engine)
+
+
+if __name__ == "__main__":
+    common.launch(main, common.parse_args(Args))
