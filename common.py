@@ -1,8 +1,8 @@
 """Helpers of the four training scripts: small, independent functions that a reader can skip.
 
-The algorithms are in grpo_baseline.py, prerl.py, nsr_prerl.py and dsrl.py; nothing here decides what
-is learned. In order of use: command line and processes, problems, engine and rollout, verification,
-advantages and loss, policy and micro-batches, evaluation, output folder and checkpoints.
+The algorithms are in grpo_baseline.py, prerl.py, nsr_prerl.py and dsrl.py. In order of use: command
+line and processes, problems, engine and rollout, verification, advantages and loss, policy and
+micro-batches, evaluation, output folder and checkpoints.
 """
 
 import dataclasses
@@ -84,6 +84,12 @@ def fail(message: str) -> None:
     sys.exit(2)
 
 
+def announce(message: str) -> None:
+    """One line from rank 0, before quiet() takes over the console."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, flush=True)
+
+
 def parse_args(Args):
     """Command line -> Args, with the preset's values in place of the dataclass's defaults."""
     import tyro
@@ -93,6 +99,42 @@ def parse_args(Args):
     fields = {field.name for field in dataclasses.fields(Args)}
     values = {k: v for k, v in PRESETS.get(preset, {}).items() if k in fields}
     return tyro.cli(Args, default=dataclasses.replace(Args(), **values))
+
+
+def check_args(args) -> None:
+    """Refuse values no run can have, before anything is loaded."""
+    world_size = dist.get_world_size()
+    positive = "num_prompts num_generations max_prompt_length max_completion_length num_minibatches"
+    for name in (positive + " temperature learning_rate max_grad_norm verify_timeout").split():
+        if not 0 < getattr(args, name) < math.inf:
+            fail(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
+    if not 0 < args.top_p <= 1:
+        fail(f"--top-p must be in (0, 1], not {args.top_p}")
+    if args.num_generations == 1 and args.negatives == "advantage":
+        if args.advantage != "reinforce++":
+            fail("--num-generations 1 leaves every advantage 0: a group needs 2 or more responses")
+    if world_size % args.tensor_parallel_size:
+        fail(
+            f"--tensor-parallel-size {args.tensor_parallel_size} does not divide the {world_size} "
+            "processes"
+        )
+    if args.track != "none":
+        try:
+            __import__(args.track)
+        except ImportError:
+            fail(f"--track {args.track}: pip install {args.track}")
+
+
+def fit_context(args, config) -> None:
+    """Cut --max-completion-length, and if need be --max-prompt-length, to the model's context."""
+    context = config.max_position_embeddings
+    if args.max_prompt_length + args.max_completion_length > context:
+        args.max_prompt_length = min(args.max_prompt_length, context // 2)
+        args.max_completion_length = context - args.max_prompt_length
+        announce(
+            f"the model's context is {context} tokens: prompts are cut to "
+            f"{args.max_prompt_length}, completions to {args.max_completion_length}"
+        )
 
 
 def launch(main, args) -> None:
@@ -306,8 +348,11 @@ def load_problems(name: str, split: str) -> list[dict]:
     return list(problems.values())
 
 
-def encode_prompts(problems: list[dict], tokenizer, args, say=print) -> list[dict]:
-    """Add "prompt_ids" to each problem; leave out those over --max-prompt-length, with a count."""
+def encode_prompts(problems: list[dict], tokenizer, args, at_least: int) -> list[dict]:
+    """Add "prompt_ids" to each problem; leave out those over --max-prompt-length, with a count.
+
+    Refuses a set in which fewer than `at_least` problems remain.
+    """
     for problem in problems:
         messages = problem["problem"]
         if isinstance(messages, str):
@@ -324,8 +369,10 @@ def encode_prompts(problems: list[dict], tokenizer, args, say=print) -> list[dic
     kept = [p for p in problems if len(p["prompt_ids"]) <= args.max_prompt_length]
     if not kept:
         fail(f"all {len(problems)} prompts are longer than --max-prompt-length")
+    if len(kept) < at_least:
+        fail(f"--num-prompts {at_least}: the data set has only {len(kept)} usable problems")
     if len(kept) < len(problems):
-        say(f"{len(problems) - len(kept)} of {len(problems)} prompts are too long: left out")
+        announce(f"{len(problems) - len(kept)} of {len(problems)} prompts are too long: left out")
     return kept
 
 
@@ -349,8 +396,8 @@ def pick_problems(problems: list, step: int, num_prompts: int, seed: int) -> lis
 def make_engine(path: str, tokenizer, args):
     """vLLM in this process. Ranks r*TP .. r*TP+TP-1 form one tensor-parallel engine.
 
-    Weights are not read from disk: the first sync brings them. The engine's vocabulary is cut to the
-    tokenizer's, so that the ids Qwen pads its embeddings with can never be sampled.
+    Weights are not read from disk: the first sync brings them. The engine's vocabulary is cut to
+    the tokenizer's, so that the ids Qwen pads its embeddings with can never be sampled.
     """
     from vllm import LLM
 
@@ -385,7 +432,7 @@ def make_engine(path: str, tokenizer, args):
 
 
 def sync_weights(engine, policy, dtype: torch.dtype) -> None:
-    """Send the trainer's weights to the engine, one parameter at a time, each gathered from all ranks.
+    """Send the trainer's weights to the engine: one parameter at a time is gathered and sent.
 
     On CUDA the weights wake first and the KV cache only in rollout(): they never peak together.
     """
@@ -432,6 +479,7 @@ def rollout(engine, problems: list[dict], num_samples: int, seed: str, args) -> 
         for i in mine
     ]
     if torch.cuda.is_available():
+        engine.wake_up(tags=["weights"])  # no effect right after a sync
         engine.wake_up(tags=["kv_cache"])
     prompts = [{"prompt_token_ids": problems[i]["prompt_ids"]} for i in mine]
     outputs = engine.generate(prompts, params, use_tqdm=False) if prompts else []
@@ -491,7 +539,7 @@ def limit_memory() -> None:
 
 
 def start_verifier():
-    """A pool of processes that judge answers; a process past its deadline is killed and replaced."""
+    """Processes that judge answers; one that passes its deadline is killed and replaced."""
     from pebble import ProcessPool
 
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -775,6 +823,30 @@ def load_policy(path: str, config, tokenizer, args, device) -> Policy:
     return policy
 
 
+def make_optimizer(policy, args):
+    """AdamW with the paper's betas, over this rank's shards."""
+    return torch.optim.AdamW(
+        policy.parameters(),
+        lr=args.learning_rate,
+        betas=(0.9, 0.999),
+        weight_decay=args.weight_decay,
+    )
+
+
+def clip_gradients(policy, max_norm: float) -> float:
+    """Scale the gradients to `max_norm` if their norm is larger. Returns the norm before."""
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm).full_tensor().item()
+    if not math.isfinite(norm):
+        raise RuntimeError(f"the gradient norm is {norm}: no update was made")
+    return norm
+
+
+def sampler_logprobs(samples: list[dict], batch: list[int], device) -> torch.Tensor:
+    """The engine's log-probs of the batch's response tokens, float32 [n]."""
+    parts = [samples[i]["logprobs"] for i in batch] or [np.zeros(0, np.float32)]
+    return torch.from_numpy(np.concatenate(parts)).to(device)
+
+
 def plan_microbatches(indices: list[int], lengths: list[int], max_tokens: int, world_size: int):
     """Pack samples of like length: a list of micro-batches (lists of indices) for each rank.
 
@@ -862,7 +934,7 @@ def check_gap(gap: float, args) -> None:
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Unbiased 1 - C(n-c, k) / C(n, k): the chance that k of n samples hold one of the c right ones.
+    """Unbiased 1 - C(n-c, k) / C(n, k): the chance that k of n samples hold one of c right ones.
 
     >>> pass_at_k(8, 0, 8), pass_at_k(8, 1, 8), pass_at_k(4, 2, 1)
     (0.0, 1.0, 0.5)
@@ -877,6 +949,7 @@ def evaluate(engine, datasets: dict, tokenizer, pool, args) -> dict:
         samples = rollout(engine, problems, k, f"{args.seed} eval", args)
         judge(samples, [p["answer"] for p in problems for _ in range(k)], tokenizer, pool, args)
         right = np.array([s["reward"] for s in gather(samples)]).reshape(-1, k)  # [problems, k]
+        name = Path(name).stem
         metrics[f"eval/{name}/avg@{k}"] = float(right.mean())
         passes = [pass_at_k(k, int(c), k) for c in right.sum(1)]
         metrics[f"eval/{name}/pass@{k}"] = float(np.mean(passes))
@@ -887,7 +960,7 @@ def evaluate(engine, datasets: dict, tokenizer, pool, args) -> dict:
 
 
 def make_logger(folder: Path, args):
-    """log(step, metrics): metrics.jsonl, TensorBoard, and wandb or trackio under --track (rank 0)."""
+    """log(step, metrics) to metrics.jsonl, TensorBoard, and wandb or trackio (--track); rank 0."""
     if dist.get_rank() != 0:
         return lambda step, metrics: None
     from torch.utils.tensorboard import SummaryWriter
@@ -1027,66 +1100,6 @@ def peak_memory_gib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def check_args(args) -> None:
-    """Refuse values no run can have, before anything is loaded."""
-    world_size = dist.get_world_size()
-    positive = "num_prompts num_generations max_prompt_length max_completion_length num_minibatches"
-    for name in (positive + " temperature learning_rate max_grad_norm verify_timeout").split():
-        if not 0 < getattr(args, name) < math.inf:
-            fail(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
-    if not 0 < args.top_p <= 1:
-        fail(f"--top-p must be in (0, 1], not {args.top_p}")
-    if args.num_generations == 1 and args.negatives == "advantage":
-        if args.advantage != "reinforce++":
-            fail("--num-generations 1 leaves every advantage 0: a group needs 2 or more responses")
-    if world_size % args.tensor_parallel_size:
-        fail(
-            f"--tensor-parallel-size {args.tensor_parallel_size} does not divide the {world_size} "
-            "processes"
-        )
-    if args.track != "none":
-        try:
-            __import__(args.track)
-        except ImportError:
-            fail(f"--track {args.track}: pip install {args.track}")
-
-
-def fit_context(args, config, say) -> None:
-    """Cut --max-completion-length, and if need be --max-prompt-length, to the model's context."""
-    context = config.max_position_embeddings
-    if args.max_prompt_length + args.max_completion_length > context:
-        args.max_prompt_length = min(args.max_prompt_length, context // 2)
-        args.max_completion_length = context - args.max_prompt_length
-        say(
-            f"the model's context is {context} tokens: prompts are cut to "
-            f"{args.max_prompt_length}, completions to {args.max_completion_length}"
-        )
-
-
-def make_optimizer(policy, args):
-    """AdamW with the paper's betas, over this rank's shards."""
-    return torch.optim.AdamW(
-        policy.parameters(),
-        lr=args.learning_rate,
-        betas=(0.9, 0.999),
-        weight_decay=args.weight_decay,
-    )
-
-
-def clip_gradients(policy, max_norm: float) -> float:
-    """Scale the gradients to `max_norm` if their norm is larger. Returns the norm before."""
-    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm).full_tensor().item()
-    if not math.isfinite(norm):
-        raise RuntimeError(f"the gradient norm is {norm}: no update was made")
-    return norm
-
-
-def sampler_logprobs(samples: list[dict], batch: list[int], device) -> torch.Tensor:
-    """The engine's log-probs of the batch's response tokens, float32 [n]."""
-    parts = [samples[i]["logprobs"] for i in batch] or [np.zeros(0, np.float32)]
-    return torch.from_numpy(np.concatenate(parts)).to(device)
 
 
 def rollout_metrics(samples: list[dict], rewards: torch.Tensor, args) -> dict:

@@ -3,8 +3,8 @@
     python nsr_prerl.py --model Qwen2.5-Math-7B     one node, one process per GPU
     python nsr_prerl.py --preset lab                the same code on a laptop's CPU, in minutes
 
-Responses are sampled with the prompt, y ~ π(·|x), and verified: r ∈ {0, 1}. The update lowers their
-likelihood without it, log π(y_t | BOS, y_<t), and only of the samples with A < 0:
+Responses are sampled with the prompt, y ~ π(·|x), and verified: r ∈ {0, 1}. The update lowers
+their likelihood without it, log π(y_t | BOS, y_<t), and only of the samples with A < 0:
 
     ∇J = E[ Σ_t ∇log π(y_t | y_<t) · A · 1[A < 0] ]
 
@@ -133,11 +133,11 @@ def main(args: Args) -> None:
     train = common.load_problems(args.dataset, "train")
     evals = {name: common.load_problems(name, "test") for name in args.eval_datasets}
     bos = common.find_bos(tokenizer, args.bos_token)
+    common.fit_context(args, config)
+    train = common.encode_prompts(train, tokenizer, args, args.num_prompts)
+    evals = {name: common.encode_prompts(e, tokenizer, args, 1) for name, e in evals.items()}
     folder = common.make_output_dir(args)
     say = common.quiet(folder)
-    common.fit_context(args, config, say)
-    train = common.encode_prompts(train, tokenizer, args, say)
-    evals = {name: common.encode_prompts(e, tokenizer, args, say) for name, e in evals.items()}
     say(f"{args.model}: {len(train)} problems, {world_size} ranks, output in {folder}")
     say(f"the pre-train space's context is token {bos}, {tokenizer.convert_ids_to_tokens(bos)!r}")
 
@@ -227,7 +227,7 @@ def main(args: Args) -> None:
                     old_logp = logp.detach()  # on-policy: the ratio is 1, the gradient A ∇log π
                     if args.num_minibatches > 1:
                         old_logp = torch.cat([old_logps[i] for i in batch] or [old_logp])
-                    per_token = torch.tensor(n, device=device)
+                    per_token = torch.tensor(n, dtype=torch.int64, device=device)
                     A_t = A[batch].to(device).repeat_interleave(per_token)  # [n]
                     objective = common.clipped_objective(
                         logp, old_logp, A_t, args.clip_low, args.clip_high, args.dual_clip
@@ -235,7 +235,8 @@ def main(args: Args) -> None:
                     scale_t = scale[batch].to(device).repeat_interleave(per_token)  # [n]
                     loss = -coef * (scale_t * objective).sum()
                     (loss * world_size).backward()  # FSDP averages over ranks; the loss is a sum
-                    stats += torch.stack([loss, logp.sum(), logp.new_tensor(len(logp))]).cpu()
+                    with torch.no_grad():
+                        stats += torch.stack([loss, logp.sum(), torch.ones_like(logp).sum()]).cpu()
                 if not old:
                     grad_norm = common.clip_gradients(policy, args.max_grad_norm)
                     optimizer.step()

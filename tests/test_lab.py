@@ -9,9 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-ROOT = Path(__file__).resolve().parents[1]
 from lab import task
 from lab.pretrain import BASE, make_model, measure, sample, train_step
+
+ROOT = Path(__file__).resolve().parents[1]
 
 STYLES = ["So", "Let"]
 

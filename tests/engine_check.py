@@ -1,0 +1,86 @@
+"""Run by test_engine.py under torchrun: samples, trains three steps, samples again, exports.
+
+usage: engine_check.py MODEL OUT TP
+"""
+
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import common
+
+model, out, tp = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+args = types.SimpleNamespace(
+    model=model,
+    tensor_parallel_size=tp,
+    dtype="float32",
+    max_prompt_length=16,
+    max_completion_length=32,
+    temperature=0.8,
+    top_p=1.0,
+    seed=1,
+    gradient_checkpointing=False,
+    cpu_offload=False,
+    max_tokens_per_microbatch=4096,
+    learning_rate=1e-2,
+    weight_decay=0.0,
+    max_logprob_gap=0.0,
+)
+rank, world_size, device = common.init_distributed()
+path, config, tokenizer = common.load_model_files(args)
+problems = [{"prompt_ids": [5 + i, 7, 9]} for i in range(6)]
+prompts = [p["prompt_ids"] for p in problems for _ in range(4)]
+engine = common.make_engine(path, tokenizer, args)
+policy = common.load_policy(path, config, tokenizer, args, device)
+optimizer = common.make_optimizer(policy, args)
+common.sync_weights(engine, policy, torch.float32)
+
+gaps = {}
+own = common.rollout(engine, problems, 4, "before", args)
+samples = common.gather(own)
+gaps["before"] = common.score(policy, prompts, samples, args, device)["sync/logprob_gap"]
+assert [s["index"] for s in samples] == list(range(24))
+for _ in range(3):
+    tokens, is_response = common.collate(prompts, [s["ids"] for s in samples], range(24), device)
+    policy(tokens, is_response)[0].mean().backward()
+    common.clip_gradients(policy, 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+stale = common.gather(common.rollout(engine, problems, 4, "before", args))
+gaps["stale"] = common.score(policy, prompts, stale, args, device)["sync/logprob_gap"]
+common.sync_weights(engine, policy, torch.float32)
+after = common.gather(common.rollout(engine, problems, 4, "after", args))
+gaps["after"] = common.score(policy, prompts, after, args, device)["sync/logprob_gap"]
+
+# Each rank of a tensor-parallel group generates all of the group's samples and keeps a part. Asked
+# for directly, the whole must be identical within a group and, with other prompts, differ without.
+from vllm import SamplingParams  # noqa: E402
+
+group = rank // tp
+outputs = engine.generate(
+    [{"prompt_token_ids": problems[group]["prompt_ids"]}],
+    SamplingParams(n=8, temperature=1.0, max_tokens=16, seed=3, detokenize=False),
+    use_tqdm=False,
+)
+mine = [list(map(int, y.token_ids)) for y in outputs[0].outputs]
+everyone = [None] * world_size
+dist.all_gather_object(everyone, mine)
+
+common.save_model(out, policy, config, tokenizer, path, torch.float32)
+if rank == 0:
+    torch.save(
+        dict(
+            gaps=gaps,
+            groups=everyone,
+            prompts=prompts,
+            ids=[s["ids"] for s in after],
+            logprobs=[s["logprobs"] for s in after],
+            max_id=int(max(np.max(s["ids"]) for s in samples + stale + after)),
+        ),
+        out / "result.pt",
+    )
+common.shutdown(engine)

@@ -1,0 +1,93 @@
+"""The engine against the trainer: weight sync, tensor and data parallel, the padded vocabulary."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+
+FRESH_ENGINE = """
+import os, sys, torch
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+from vllm import LLM, SamplingParams
+folder, out = sys.argv[1:]
+result = torch.load(out + "/result.pt", weights_only=False)
+engine = LLM(folder, dtype="float32", enforce_eager=True, kv_cache_memory_bytes=1 << 28,
+             max_model_len=64, hf_overrides={"vocab_size": 96})
+rows = [{"prompt_token_ids": list(map(int, x)) + list(map(int, y))}
+        for x, y in zip(result["prompts"], result["ids"])]
+outputs = engine.generate(rows, SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
+logprobs = []
+for x, row, output in zip(result["prompts"], rows, outputs):
+    ids = row["prompt_token_ids"]
+    logprobs.append([output.prompt_logprobs[t][ids[t]].logprob for t in range(len(x), len(ids))])
+torch.save(logprobs, out + "/fresh.pt")
+"""
+
+
+def padded_model(tiny_model_dir: Path, folder: Path) -> Path:
+    """The tiny model with enormous logits for the ids that its tokenizer does not have."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    assert len(tokenizer) < model.config.vocab_size
+    with torch.no_grad():
+        direction = torch.sign(model.lm_head.weight[len(tokenizer) :])
+        model.lm_head.weight[len(tokenizer) :] = 100 * direction
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("world_size", "tp"), [(1, 1), (2, 2), (4, 2)])
+def test_sync_and_parallelism(tiny_model_dir, tmp_path, world_size, tp):
+    model = padded_model(tiny_model_dir, tmp_path / "padded")
+    out = tmp_path / "out"
+    out.mkdir()
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={world_size}", "tests/engine_check.py"]
+    command += [str(model), str(out), str(tp)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=env, text=True, capture_output=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    result = torch.load(out / "result.pt", weights_only=False)
+    # The trainer agrees with the engine after each sync, and sees it when one is missing.
+    assert result["gaps"]["before"] < 1e-5 and result["gaps"]["after"] < 1e-5
+    assert result["gaps"]["stale"] > 1e-2
+    assert result["max_id"] < len(AutoTokenizer.from_pretrained(model))
+    # Identical within a tensor-parallel group, different across groups.
+    groups = result["groups"]
+    assert all(groups[r] == groups[r // tp * tp] for r in range(world_size))
+    assert len({str(group) for group in groups}) == world_size // tp
+
+    if world_size > 2:
+        return
+    # A fresh engine on the exported checkpoint gives the log-probs the synced one had, once those
+    # are taken over the tokenizer's ids and at the temperature of sampling: so does transformers.
+    trained = AutoModelForCausalLM.from_pretrained(out / "model", dtype=torch.float32)
+    vocabulary = len(AutoTokenizer.from_pretrained(out / "model"))
+    fresh = fresh_logprobs(out, env)
+    for x, y, engine, new in zip(result["prompts"], result["ids"], result["logprobs"], fresh):
+        ids = torch.tensor([list(x) + list(map(int, y))])
+        with torch.no_grad():
+            logits = trained(ids).logits[0, len(x) - 1 : -1]  # [T, V]
+        picked = ids[0, len(x) :, None]
+        cut = (logits[:, :vocabulary] / 0.8).log_softmax(-1).gather(1, picked)[:, 0]
+        assert torch.allclose(cut, torch.from_numpy(engine), atol=1e-4)
+        whole = logits.log_softmax(-1).gather(1, picked)[:, 0]
+        assert torch.allclose(whole, torch.tensor(new), atol=1e-4)
+
+
+def fresh_logprobs(out: Path, env: dict) -> list[list[float]]:
+    command = [sys.executable, "-c", FRESH_ENGINE, str(out / "model"), str(out)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=env, text=True, capture_output=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(out / "fresh.pt", weights_only=False)

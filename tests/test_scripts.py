@@ -1,0 +1,218 @@
+"""The scripts as a user runs them: subprocesses, real vLLM, real FSDP, the lab's base model."""
+
+import difflib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = ["grpo_baseline", "prerl", "nsr_prerl", "dsrl"]
+SMALL = "--preset lab --num-prompts 8 --num-generations 4 --max-completion-length 96".split()
+SMALL += "--eval-num-samples 2 --learning-rate 1e-3".split()
+
+KEYS = """step phase reward/mean reward/solve_all reward/solve_none completion/length
+completion/truncated thoughts/reflection thoughts/transition policy/loss policy/grad_norm
+policy/entropy policy/counted_samples policy/counted_tokens policy/logprob sync/logprob_gap
+verify/timeouts verify/errors time/rollout time/verify time/update time/sync time/step
+throughput/rollout_tokens_per_s throughput/update_tokens_per_s memory/peak_gib""".split()
+
+
+def run(script: str, folder: Path, *flags: str, code: int = 0) -> str:
+    """Run a script in the lab's setting, made smaller. Returns what the user sees."""
+    command = [sys.executable, f"{script}.py", *SMALL, "--output-dir", str(folder), *flags]
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    done = subprocess.run(
+        command, cwd=ROOT, env=env, text=True, timeout=300, capture_output=True, check=False
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def learned(row: dict) -> dict:
+    """A metrics line without what depends on the clock."""
+    return {k: v for k, v in row.items() if not k.startswith(("time/", "throughput/", "memory/"))}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """One-process runs of 3 steps of every script, DSRL's switch after step 2."""
+    folders, outputs = {}, {}
+    for script in SCRIPTS:
+        folders[script] = tmp_path_factory.mktemp("runs") / script
+        flags = ["--num-steps", "3", "--save-every", "2", "--eval-every", "3"]
+        flags += ["--warmup-steps", "2"] if script == "dsrl" else []
+        outputs[script] = run(script, folders[script], *flags)
+    return folders, outputs
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_outputs_are_complete(runs, script):
+    folder, output = runs[0][script], runs[1][script]
+    rows = metrics(folder)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    for row in rows[1:]:
+        assert set(KEYS) <= set(row)
+        assert row["sync/logprob_gap"] < 1e-5
+        assert row["policy/counted_samples"] > 0 and row["policy/grad_norm"] > 0
+    assert {"eval/lab/avg@2", "eval/lab/pass@2"} <= set(rows[0]) & set(rows[3])
+    phases = {"grpo_baseline": ["rl"] * 3, "dsrl": ["pretrain", "pretrain", "rl"]}
+    assert [row["phase"] for row in rows[1:]] == phases.get(script, ["pretrain"] * 3)
+
+    table = pyarrow.parquet.read_table(folder / "completions" / "step_000001.parquet")
+    wanted = {"prompt", "response", "reward", "advantage", "length", "finish_reason"}
+    assert table.num_rows == 32 and set(table.column_names) == wanted
+    assert json.loads((folder / "args.json").read_text())["num_steps"] == 3
+    assert list(folder.glob("events.out.tfevents*"))
+    assert (folder / "checkpoints" / "step_000002").is_dir()
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    assert tokenizer.decode(tokenizer.encode("Q 81#3 A")) == "Q 81#3 A"
+    base = AutoModelForCausalLM.from_pretrained(ROOT / "lab" / "base")
+    assert not torch.equal(model.model.norm.weight, base.model.norm.weight)
+
+    lines = [line for line in output.splitlines() if line.startswith("step ")]
+    assert len(lines) == 4, output
+    assert "WARNING" not in output and "Traceback" not in output and "failed" not in output
+
+
+def test_negatives_only(runs):
+    """NSR-PreRL counts the samples with A < 0: wrong ones in groups that have a right one."""
+    folder = runs[0]["nsr_prerl"]
+    rows = pyarrow.parquet.read_table(folder / "completions" / "step_000002.parquet").to_pylist()
+    counted = [row for row in rows if row["advantage"] < 0]
+    assert all(row["reward"] == 0 for row in counted)
+    assert metrics(folder)[2]["policy/counted_samples"] == len(counted) < len(rows)
+    assert metrics(folder)[2]["policy/counted_tokens"] == sum(row["length"] for row in counted)
+
+
+def test_dsrl_begins_as_nsr_prerl_bitwise(runs, tmp_path):
+    """Steps 1..S are NSR-PreRL's, weights included."""
+    nsr, dsrl = metrics(runs[0]["nsr_prerl"]), metrics(runs[0]["dsrl"])
+    assert [learned(row) for row in nsr[:3]] == [learned(row) for row in dsrl[:3]]
+    run("dsrl", tmp_path, "--num-steps", "2", "--warmup-steps", "2", "--eval-every", "0")
+    run("nsr_prerl", tmp_path / "nsr", "--num-steps", "2", "--eval-every", "0")
+    assert same(weights(tmp_path), weights(tmp_path / "nsr"))
+
+
+def test_dsrl_goes_on_as_grpo(runs, tmp_path):
+    """Step S + 1 is GRPO's from the same weights and optimiser state, bitwise."""
+    state = runs[0]["dsrl"] / "checkpoints" / "step_000002"
+    flags = ["--num-steps", "3", "--eval-every", "0", "--resume", str(state)]
+    run("grpo_baseline", tmp_path, *flags)
+    assert same(weights(tmp_path), weights(runs[0]["dsrl"]))
+    run("nsr_prerl", tmp_path / "nsr", *flags)
+    assert not same(weights(tmp_path / "nsr"), weights(runs[0]["dsrl"]))
+
+
+def test_resume_in_the_same_folder(runs, tmp_path):
+    """Stopped after step 2 and gone on with: the metrics and weights of the uninterrupted run."""
+    flags = ["--save-every", "2", "--eval-every", "3"]
+    run("grpo_baseline", tmp_path, *flags, "--num-steps", "2")
+    run("grpo_baseline", tmp_path, *flags, "--num-steps", "3", "--resume", "auto")
+    whole = [learned(row) for row in metrics(runs[0]["grpo_baseline"])]
+    resumed = [learned(row) for row in metrics(tmp_path)]
+    assert [row["step"] for row in resumed] == [0, 1, 2, 3]
+    for a, b in zip(whole, resumed):  # the shorter run also evaluated after its last step
+        assert all(b[key] == value for key, value in a.items())
+    assert same(weights(tmp_path), weights(runs[0]["grpo_baseline"]))
+
+
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_two_processes(runs, tmp_path, script, tensor_parallel):
+    """The first step samples the same responses on any number of ranks, and updates alike."""
+    flags = ["--num-processes", "2", "--tensor-parallel-size", str(tensor_parallel)]
+    flags += ["--warmup-steps", "1"] if script == "dsrl" else []
+    run(script, tmp_path, *flags, "--num-steps", "2", "--eval-every", "0")
+    one, two = metrics(runs[0][script]), metrics(tmp_path)
+    assert two[1]["step"] == 2 and two[1]["sync/logprob_gap"] < 1e-5
+    for key in ("reward/mean", "completion/length", "policy/counted_tokens"):
+        assert two[0][key] == one[1][key]
+    for key in ("policy/loss", "policy/grad_norm", "policy/logprob"):
+        assert two[0][key] == pytest.approx(one[1][key], rel=1e-4, abs=1e-6)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+
+
+def test_minibatches_and_knobs(tmp_path):
+    """The less used flags together: old log-probs, clipping, importance weights, -1 for wrong."""
+    flags = "--num-steps 2 --num-minibatches 2 --tis-cap 2 --negatives reward --mask-truncated"
+    flags += " --loss-aggregation seq-mean-token-mean --positive-weight 0.1 --eval-every 0"
+    flags += " --gradient-checkpointing --max-tokens-per-microbatch 300 --dtype bfloat16"
+    run("grpo_baseline", tmp_path, *flags.split())
+    assert metrics(tmp_path)[-1]["policy/counted_samples"] > 16
+
+
+# ------------------------------------------------------------------------------ the four files
+
+
+def test_shared_lines_are_identical_and_in_order():
+    """What differs between two scripts is the method: few lines, and none of the loop's frame."""
+    code = {}
+    for script in SCRIPTS:
+        text = (ROOT / f"{script}.py").read_text()
+        code[script] = text[text.index("from dataclasses") :].splitlines()
+    for script in SCRIPTS[1:]:
+        changed = [
+            line
+            for line in difflib.unified_diff(code["grpo_baseline"], code[script], n=0, lineterm="")
+            if line[0] in "+-" and not line.startswith(("+++", "---"))
+        ]
+        assert 0 < len(changed) < 60, "\n".join(changed)
+        frame = r"rollout\(|judge\(|gather\(|score\(|backward|optimizer\.step|sync_weights|evaluate"
+        assert not [line for line in changed if re.search(frame, line)]
+
+
+# ----------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--model no/such/model/at/all", "--model no/such/model/at/all"),
+        ("--model nosuchmodel", "--model nosuchmodel"),
+        ("--dataset nosuch.parquet", "data set nosuch.parquet cannot be loaded"),
+        ("--learning-rate nan", "--learning-rate must be positive"),
+        ("--num-generations 1", "a group needs 2 or more"),
+        ("--tensor-parallel-size 2", "does not divide the 1 processes"),
+        ("--max-prompt-length 2", "are longer than --max-prompt-length"),
+        ("--num-prompts 9999", "--num-prompts 9999"),
+        ("--track wandb", "pip install wandb"),
+    ],
+)
+def test_bad_input_is_refused_with_one_line(tmp_path, flags, message):
+    output = run("dsrl", tmp_path, *flags.split(), code=2)
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and message in errors[0], output
+
+
+def test_folder_of_another_run_is_refused(runs):
+    assert "holds another run" in run("grpo_baseline", runs[0]["grpo_baseline"], code=2)
+
+
+def test_no_gpu_for_the_paper_setting():
+    command = [sys.executable, "dsrl.py", "--model", "Qwen2.5-Math-7B"]
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False)
+    assert done.returncode == 2 and "no GPU was found" in done.stderr
