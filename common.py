@@ -413,7 +413,8 @@ def make_engine(path: str, tokenizer, args):
     engine = LLM(
         path,
         load_format="dummy",
-        hf_overrides={"vocab_size": len(tokenizer)},
+        # Untied: vLLM's CPU kernels repack a tied head at load, and a reload would not reach it.
+        hf_overrides={"vocab_size": len(tokenizer), "tie_word_embeddings": False},
         dtype=args.dtype,
         tensor_parallel_size=args.tensor_parallel_size,
         distributed_executor_backend="external_launcher",
@@ -445,8 +446,11 @@ def sync_weights(engine, policy, dtype: torch.dtype) -> None:
         for name, parameter in policy.lm.named_parameters():
             # Cast first: half the bytes travel.
             weight = parameter.detach().to(dtype).full_tensor()
-            cut = name.endswith(("embed_tokens.weight", "lm_head.weight"))
-            yield name, weight[: policy.vocab_size] if cut else weight
+            if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+                weight = weight[: policy.vocab_size]
+            yield name, weight
+            if name.endswith("embed_tokens.weight") and policy.lm.config.tie_word_embeddings:
+                yield "lm_head.weight", weight
 
     engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights()})
     engine.reset_prefix_cache()
@@ -1139,7 +1143,9 @@ def progress_line(metrics: dict, num_steps: int) -> str:
         f"reward {metrics['reward/mean']:.3f}",
         f"length {metrics['completion/length']:.0f}",
         f"entropy {metrics['policy/entropy']:.2f}",
-        f"grad {metrics['policy/grad_norm']:.2f}",
+        f"grad {metrics['policy/grad_norm']:.2f}"
+        if metrics["policy/counted_samples"]
+        else "no update",
         f"gap {metrics['sync/logprob_gap']:.0e}",
         f"{metrics['time/step']:.1f} s",
     ]
