@@ -382,7 +382,7 @@ def pick_problems(problems: list, step: int, num_prompts: int, seed: int) -> lis
     A function of (seed, step) alone, so that resuming needs no data-loader state.
 
     >>> [pick_problems(["a", "b", "c"], step, 1, 0) for step in (1, 2, 3)]
-    [['a'], ['c'], ['b']]
+    [['c'], ['b'], ['a']]
     """
     per_epoch = len(problems) // num_prompts
     epoch, batch = divmod(step - 1, per_epoch)
@@ -1138,14 +1138,13 @@ def speed_metrics(clock, rollout_tokens: int, update_tokens: int) -> dict:
 
 def progress_line(metrics: dict, num_steps: int) -> str:
     """The step in one line of the console."""
+    updated = not math.isnan(metrics["policy/grad_norm"])
     parts = [
         f"step {metrics['step']}/{num_steps} {metrics['phase']:8}",
         f"reward {metrics['reward/mean']:.3f}",
         f"length {metrics['completion/length']:.0f}",
         f"entropy {metrics['policy/entropy']:.2f}",
-        f"grad {metrics['policy/grad_norm']:.2f}"
-        if metrics["policy/counted_samples"]
-        else "no update",
+        f"grad {metrics['policy/grad_norm']:.2f}" if updated else "no update",
         f"gap {metrics['sync/logprob_gap']:.0e}",
         f"{metrics['time/step']:.1f} s",
     ]

@@ -1,0 +1,60 @@
+"""A tiny random model of Qwen2's architecture, whose vocabulary is padded as Qwen's is."""
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+CHARACTERS = "0123456789abcdefghijklmnopqrstuvwxyz +-*/=\\{}.?,:;"
+
+
+def save_tiny_model(folder, *, tied: bool = False, context: int = 512) -> str:
+    """Write model and tokenizer to `folder`: 96 embeddings, fewer tokens, heads of 32."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=context,
+        tie_word_embeddings=tied,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        initializer_range=0.2,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    words = ["<pad>", "<bos>", "<eos>", *CHARACTERS]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tied_model_dir(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("tied"), tied=True)
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory):
+    """This process as a process group of one."""
+    store = tmp_path_factory.mktemp("store") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    os.environ["RANK"] = "0"
+    yield
+    dist.destroy_process_group()
+    del os.environ["RANK"]

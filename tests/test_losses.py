@@ -1,0 +1,190 @@
+"""Advantages, weights and losses against an oracle in plain Python floats (float64)."""
+
+import doctest
+import itertools
+import math
+import random
+import statistics
+import time
+
+import pytest
+import torch
+
+import common
+
+DR_GRPO, GRPO, RLOO, REINFORCE = "dr_grpo", "grpo", "rloo", "reinforce++"
+
+
+def test_docstrings():
+    result = doctest.testmod(common)
+    assert result.attempted >= 15 and result.failed == 0
+
+
+def oracle_advantages(rewards: list[float], size: int, kind: str) -> list[float]:
+    if kind == REINFORCE:
+        mean, std = statistics.mean(rewards), statistics.stdev(rewards)
+        return [(r - mean) / (std + 1e-6) for r in rewards]
+    out = []
+    for i, r in enumerate(rewards):
+        group = rewards[i // size * size : i // size * size + size]
+        others = [g for j, g in enumerate(group) if j != i % size]
+        mean = statistics.mean(others if kind == RLOO else group)
+        out.append((r - mean) / (statistics.stdev(group) + 1e-6 if kind == GRPO else 1))
+    return out
+
+
+def oracle_loss(logps, old_logps, A, counted, kind, max_length, low, high, dual):
+    """The step's loss, response by response and token by token; logps: float64 leaves."""
+    sequences = [i for i, c in enumerate(counted) if c]
+    tokens = sum(len(logps[i]) for i in sequences)
+    loss = 0.0
+    for i in sequences:
+        for t, logp in enumerate(logps[i]):
+            ratio = torch.exp(logp - old_logps[i][t])
+            clipped = min(max(ratio.item(), 1 - low), 1 + high)
+            value = ratio * A[i] if ratio * A[i] <= clipped * A[i] else clipped * A[i]
+            if A[i] < 0 and value < dual * A[i]:
+                value = dual * A[i]
+            weight = {
+                "token-mean": 1 / tokens,
+                "seq-mean-token-mean": 1 / len(sequences) / len(logps[i]),
+                "seq-mean-token-sum-norm": 1 / len(sequences) / max_length,
+            }[kind]
+            loss = loss - weight * value
+    return loss
+
+
+@pytest.mark.parametrize("kind", [GRPO, DR_GRPO, RLOO, REINFORCE])
+def test_advantages(kind):
+    rng = random.Random(0)
+    rewards = [float(rng.random() < 0.4) for _ in range(48)]
+    got = common.advantages(torch.tensor(rewards), 8, kind)
+    assert got.tolist() == pytest.approx(oracle_advantages(rewards, 8, kind), abs=1e-5)
+
+
+def test_groups_without_contrast_have_no_advantage():
+    for kind in (GRPO, DR_GRPO, RLOO):
+        for r in (0.0, 1.0):
+            assert common.advantages(torch.full((8,), r), 4, kind).abs().max() == 0
+
+
+@pytest.mark.parametrize("on_policy", [True, False])
+@pytest.mark.parametrize(
+    "aggregation", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
+)
+def test_loss_value_and_gradient(aggregation, on_policy):
+    """What the scripts do with one micro-batch, against the oracle."""
+    rng = random.Random(1)
+    lengths = [rng.randint(1, 9) for _ in range(12)]
+    logps = [-torch.rand(n, dtype=torch.float64) * 3 for n in lengths]
+    if on_policy:
+        olds = [x.clone() for x in logps]
+    else:  # ratios beyond the clip and the dual clip, both ways
+        olds = [x - torch.randn(n, dtype=torch.float64) * 1.5 for x, n in zip(logps, lengths)]
+    A = torch.tensor([rng.choice([-1.5, -0.5, 0.0, 0.75]) for _ in lengths])
+    weight = common.sign_weights(A, 0.1, 1.0)
+    counted = torch.tensor([rng.random() < 0.7 for _ in lengths]) & (weight != 0)
+    A = weight * A
+    scale = common.token_weights(counted, torch.tensor(lengths), aggregation, 16)
+
+    ours = [x.clone().requires_grad_() for x in logps]
+    n = torch.tensor(lengths)
+    objective = common.clipped_objective(
+        torch.cat(ours), torch.cat(olds), A.repeat_interleave(n), 0.2, 0.28, 3.0
+    )
+    loss = -(scale.repeat_interleave(n) * objective).sum()
+    loss.backward()
+
+    theirs = [[v.clone().requires_grad_() for v in x] for x in logps]
+    expected = oracle_loss(
+        theirs, olds, A.double().tolist(), counted.tolist(), aggregation, 16, 0.2, 0.28, 3.0
+    )
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    for mine, other in zip(ours, theirs):
+        grads = [0.0 if v.grad is None else v.grad.item() for v in other]
+        assert mine.grad.tolist() == pytest.approx(grads, rel=1e-5, abs=1e-9)
+    assert any(g.grad.abs().sum() > 0 for g in ours)
+
+
+def test_pass_at_k_by_enumeration():
+    for n, c in [(5, 0), (5, 2), (6, 5), (4, 4)]:
+        answers = [i < c for i in range(n)]
+        for k in range(1, n + 1):
+            draws = list(itertools.combinations(answers, k))
+            expected = sum(any(d) for d in draws) / len(draws)
+            assert common.pass_at_k(n, c, k) == pytest.approx(expected)
+
+
+def test_plan_microbatches():
+    rng = random.Random(2)
+    for _ in range(300):
+        lengths = [rng.randint(1, 60) for _ in range(rng.randint(0, 20))]
+        chosen = [i for i in range(len(lengths)) if rng.random() < 0.7]
+        world_size, budget = rng.randint(1, 5), rng.randint(30, 200)
+        plan = common.plan_microbatches(chosen, lengths, budget, world_size)
+        assert len(plan) == world_size and len({len(part) for part in plan}) == 1
+        batches = [batch for part in plan for batch in part]
+        assert sorted(i for batch in batches for i in batch) == chosen
+        for batch in batches:
+            width = max((lengths[i] for i in batch), default=0)
+            assert len(batch) <= 1 or width * len(batch) <= budget
+
+
+def test_pick_problems():
+    problems = list(range(10))
+    epochs = [[common.pick_problems(problems, 3 * e + s, 3, 7) for s in (1, 2, 3)] for e in (0, 1)]
+    for epoch in epochs:
+        seen = [p for batch in epoch for p in batch]
+        assert len(seen) == len(set(seen)) == 9
+    assert epochs[0] != epochs[1]
+    assert common.pick_problems(problems, 2, 3, 7) == epochs[0][1]
+    assert common.pick_problems(problems, 2, 3, 8) != epochs[0][1]
+
+
+def test_last_boxed():
+    assert common.last_boxed(r"\boxed{a{b}{c{d}}}") == "a{b}{c{d}}"
+    assert common.last_boxed(r"\boxed{1} then \boxed{2") == "1"
+    assert common.last_boxed(r"\boxed{}") == ""
+    assert common.last_boxed("no box") is None
+    start = time.perf_counter()
+    assert common.last_boxed("\\boxed{" * 150_000) is None
+    assert common.last_boxed("{" * 1_000_000) is None
+    assert time.perf_counter() - start < 5
+
+
+def test_thoughts():
+    reflect = lambda text: len(common.REFLECTION.findall(text))  # noqa: E731
+    change = lambda text: len(common.TRANSITION.findall(text))  # noqa: E731
+    assert reflect("So 4. Wait, let me check. 1:20 even 10; wait 1:20 even 10;") == 3
+    assert reflect("The waiter waits; awaiting a check of the list.") == 0
+    assert change("Alternatively, use another approach.") == 2
+    assert change("Another way of writing 5; the alternative.") == 0
+
+
+def test_bos_in_order_of_preference():
+    from types import SimpleNamespace
+
+    vocabulary = {"<|im_start|>": 7, "<s>": 3}
+    make = lambda bos, vocab: SimpleNamespace(  # noqa: E731
+        bos_token_id=bos,
+        get_vocab=lambda: vocab,
+        convert_tokens_to_ids=vocab.get,
+        encode=lambda text, add_special_tokens: [vocab[text]] if text in vocab else [1, 2],
+    )
+    assert common.find_bos(make(3, vocabulary), "") == 3
+    assert common.find_bos(make(None, vocabulary), "") == 7
+    assert common.find_bos(make(3, vocabulary), "<|im_start|>") == 7
+    for tokenizer, token in [(make(None, {}), ""), (make(3, vocabulary), "two words")]:
+        with pytest.raises(SystemExit) as error:
+            common.find_bos(tokenizer, token)
+        assert error.value.code == 2
+
+
+def test_oracle_is_not_ours():
+    """The oracle must see a wrong sign: the same samples with -A give another loss."""
+    logps = [torch.tensor([-1.0, -2.0], dtype=torch.float64)]
+    a, b = (
+        oracle_loss(logps, logps, [s], [True], "token-mean", 8, 0.2, 0.2, 10.0) for s in (1.0, -1.0)
+    )
+    assert math.isclose(a, -1.0) and math.isclose(b, 1.0)

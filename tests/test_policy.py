@@ -1,0 +1,206 @@
+"""The trainer's policy: log-probs, gradients, contexts, ranks, checkpoints. Real FSDP2 on CPU."""
+
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import common
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+
+def make_args(model, **changes):
+    args = dict(
+        model=model,
+        dtype="float32",
+        temperature=1.0,
+        gradient_checkpointing=False,
+        cpu_offload=False,
+        tensor_parallel_size=1,
+        max_tokens_per_microbatch=4096,
+        learning_rate=1e-2,
+        weight_decay=0.0,
+        resume="",
+    )
+    return types.SimpleNamespace(**{**args, **changes})
+
+
+def load(model, **changes):
+    args = make_args(model, **changes)
+    path, config, tokenizer = common.load_model_files(args)
+    return common.load_policy(path, config, tokenizer, args, CPU), args
+
+
+def ragged(count=7, seed=0, longest=12):
+    rng = np.random.default_rng(seed)
+    prompts = [rng.integers(3, 50, rng.integers(1, 9)).tolist() for _ in range(count)]
+    responses = [rng.integers(3, 50, rng.integers(1, longest)) for _ in range(count)]
+    return prompts, [y.astype(np.int32) for y in responses]
+
+
+def plain_logprobs(model, contexts, responses, vocabulary, temperature=1.0):
+    """log π one sequence at a time from full logits: no padding, no chunks, no FSDP."""
+    logps, entropies = [], []
+    for x, y in zip(contexts, responses):
+        ids = torch.tensor([[*x, *y.tolist()]])
+        logits = model(ids).logits[0, len(x) - 1 : -1, :vocabulary] / temperature  # [T, V]
+        table = logits.log_softmax(-1)
+        logps.append(table.gather(1, ids[0, len(x) :, None])[:, 0])
+        entropies.append(-(table.exp() * table).sum(-1))
+    return torch.cat(logps), torch.cat(entropies)
+
+
+def gradients(policy, contexts, responses, weights, batches):
+    """Gradient of Σ_i weights_i Σ_t log π(y_it | context) over the given micro-batches."""
+    for parameter in policy.parameters():
+        parameter.grad = None
+    for batch in batches:
+        tokens, is_response = common.collate(contexts, responses, batch, CPU)
+        logp, _ = policy(tokens, is_response)
+        n = torch.tensor([len(responses[i]) for i in batch])
+        (weights[batch].repeat_interleave(n) * logp).sum().backward()
+    return {name: p.grad.full_tensor().clone() for name, p in policy.named_parameters()}
+
+
+def close(a, b, atol=2e-5):
+    return a.keys() == b.keys() and all(torch.allclose(a[k], b[k], 1e-4, atol) for k in a)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("chunk", "temperature"), [(1, 1.0), (7, 0.7), (2048, 1.0)])
+def test_logprobs_and_gradients_equal_full_logits(request, tied, chunk, temperature):
+    folder = request.getfixturevalue("tied_model_dir" if tied else "tiny_model_dir")
+    policy, _ = load(folder, temperature=temperature)
+    policy.chunk = chunk
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    vocabulary = len(AutoTokenizer.from_pretrained(folder))
+    assert vocabulary < plain.config.vocab_size
+    prompts, responses = ragged()
+    tokens, is_response = common.collate(prompts, responses, range(7), CPU)
+    logp, entropy = policy(tokens, is_response)
+    expected, expected_entropy = plain_logprobs(plain, prompts, responses, vocabulary, temperature)
+    assert torch.allclose(logp, expected, atol=1e-5)
+    assert torch.allclose(entropy, expected_entropy, atol=1e-5)
+
+    weights = torch.randn(7, generator=torch.Generator().manual_seed(0))
+    n = torch.tensor([len(y) for y in responses])
+    (weights.repeat_interleave(n) * expected).sum().backward()
+    reference = {f"lm.{name}": p.grad for name, p in plain.named_parameters()}
+    assert close(gradients(policy, prompts, responses, weights, [range(7)]), reference)
+
+
+def test_microbatches_padding_and_checkpointing_change_nothing(tiny_model_dir):
+    policy, _ = load(tiny_model_dir)
+    prompts, responses = ragged()
+    weights = torch.randn(7, generator=torch.Generator().manual_seed(0))
+    whole = gradients(policy, prompts, responses, weights, [range(7)])
+    lengths = [len(x) + len(y) for x, y in zip(prompts, responses)]
+    (plan,) = common.plan_microbatches(range(7), lengths, 30, 1)
+    assert len(plan) > 2
+    assert close(gradients(policy, prompts, responses, weights, plan), whole)
+    assert close(gradients(policy, prompts, responses, weights, [[i] for i in range(7)]), whole)
+    with_empty = gradients(policy, prompts, responses, weights, [[*range(7)], []])
+    assert close(with_empty, whole)
+    checkpointed, _ = load(tiny_model_dir, gradient_checkpointing=True)
+    assert close(gradients(checkpointed, prompts, responses, weights, plan), whole)
+
+
+def test_pretrain_space_does_not_see_x(tiny_model_dir):
+    """NSR-PreRL's gradient is bitwise the same for any prompts; GRPO's is not."""
+    policy, _ = load(tiny_model_dir)
+    prompts, responses = ragged()
+    others, _ = ragged(seed=5)
+    weights = -torch.ones(7)
+    batches = [[0, 1, 2], [3, 4, 5, 6]]
+    bos = [[1]] * 7
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    logp, _ = policy(*common.collate(bos, responses, range(7), CPU))
+    assert torch.allclose(logp, plain_logprobs(plain, bos, responses, 53)[0], atol=1e-5)
+    for contexts, same in [((bos, bos), True), ((prompts, others), False)]:
+        a, b = (gradients(policy, c, responses, weights, batches) for c in contexts)
+        assert all(torch.equal(a[k], b[k]) for k in a) == same
+    # With an empty x, which is BOS alone, P(y|x) is P(y).
+    a = gradients(policy, [[1]] * 7, responses, weights, batches)
+    b = gradients(policy, bos, responses, weights, batches)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_canary_sees_other_weights(tiny_model_dir):
+    policy, args = load(tiny_model_dir)
+    prompts, responses = ragged()
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    with torch.no_grad():
+        right = plain_logprobs(plain, prompts, responses, 53)[0]
+        plain.model.layers[1].mlp.down_proj.weight *= 1.5
+        wrong = plain_logprobs(plain, prompts, responses, 53)[0]
+    for logprobs, limit in [(right, True), (wrong, False)]:
+        parts = logprobs.split([len(y) for y in responses])
+        samples = [dict(ids=y, logprobs=p.numpy()) for y, p in zip(responses, parts)]
+        gap = common.score(policy, prompts, samples, args, CPU)["sync/logprob_gap"]
+        assert (gap < 1e-5) == limit
+        check = types.SimpleNamespace(max_logprob_gap=0.0, dtype="float32", top_p=1.0)
+        if limit:
+            common.check_gap(gap, check)
+        else:
+            with pytest.raises(RuntimeError, match="weight sync is broken"):
+                common.check_gap(gap, check)
+    with pytest.raises(RuntimeError):
+        common.check_gap(float("nan"), check)
+
+
+@pytest.mark.parametrize("count", [9, 1])
+def test_two_ranks_equal_one(tiny_model_dir, tmp_path, count):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    env.pop("RANK", None)
+    results = []
+    for world_size in (1, 2):
+        out = tmp_path / f"{world_size}.pt"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += [f"--nproc-per-node={world_size}", "tests/two_ranks.py"]
+        command += [tiny_model_dir, str(out), str(count)]
+        subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True, timeout=120)
+        results.append(torch.load(out))
+    assert close(*results, atol=1e-4)
+    assert max(g.abs().max() for g in results[0].values()) > 1e-2
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_checkpoint_and_export(request, tmp_path, tied):
+    folder = request.getfixturevalue("tied_model_dir" if tied else "tiny_model_dir")
+    prompts, responses = ragged()
+
+    def train(policy, optimizer, seed):
+        weights = torch.randn(7, generator=torch.Generator().manual_seed(seed))
+        gradients(policy, prompts, responses, weights, [range(7)])
+        optimizer.step()
+        optimizer.zero_grad()
+
+    policy, args = load(folder)
+    optimizer = common.make_optimizer(policy, args)
+    train(policy, optimizer, 1)
+    common.save_checkpoint(tmp_path, 1, policy, optimizer)
+    train(policy, optimizer, 2)
+
+    again, args = load(folder, resume="auto")
+    optimizer = common.make_optimizer(again, args)
+    assert common.load_checkpoint(tmp_path, again, optimizer, args) == 1
+    train(again, optimizer, 2)
+    for a, b in zip(policy.parameters(), again.parameters()):
+        assert torch.equal(a.full_tensor(), b.full_tensor())
+
+    path, config, tokenizer = common.load_model_files(args)
+    common.save_model(tmp_path, policy, config, tokenizer, path, torch.float32)
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert exported.config.tie_word_embeddings == tied
+    exported = dict(exported.named_parameters())
+    for name, parameter in policy.lm.named_parameters():
+        assert torch.equal(parameter.full_tensor(), exported[name])
