@@ -521,17 +521,15 @@ def last_boxed(text: str) -> str | None:
     >>> last_boxed(r"\boxed{1} so \boxed{\frac{1}{2}}"), last_boxed(r"\boxed{1")
     ('\\frac{1}{2}', None)
     """
-    start = text.rfind("\\boxed{")
-    while start >= 0:
-        depth = 0
-        for i in range(start + 6, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[i], 0)
-            if depth == 0:
-                return text[start + 7 : i].strip()
-        start = text.rfind("\\boxed{", 0, start)
-        if len(text) - start > 100_000:  # unclosed boxes in a very long text: linear, not squared
-            return None
-    return None
+    found, opened = None, []  # opened: where each open brace's content starts, or None
+    for match in re.finditer(r"\\boxed\{|\{|\}", text):
+        if match[0] != "}":
+            opened.append(match.end() if match[0] != "{" else None)
+        elif opened:
+            start = opened.pop()
+            if start is not None and (found is None or start > found[0]):
+                found = start, match.start()
+    return text[found[0] : found[1]].strip() if found else None
 
 
 def limit_memory() -> None:
@@ -870,12 +868,9 @@ def plan_microbatches(indices: list[int], lengths: list[int], max_tokens: int, w
         else:
             batches.append([i])
     while len(batches) % world_size:
-        big = max(range(len(batches)), key=lambda b: lengths[batches[b][0]] * len(batches[b]))
-        half = len(batches[big]) // 2
-        if half == 0:
-            batches.append([])
-        else:
-            batches[big : big + 1] = [batches[big][:half], batches[big][half:]]
+        big = max(batches, key=lambda batch: len(batch) > 1 and lengths[batch[0]] * len(batch))
+        at, half = batches.index(big), len(big) // 2
+        batches[at : at + 1] = [big[:half], big[half:]] if half else [big, []]
     return [batches[rank::world_size] for rank in range(world_size)]
 
 

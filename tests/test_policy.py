@@ -66,7 +66,7 @@ def gradients(policy, contexts, responses, weights, batches):
     for batch in batches:
         tokens, is_response = common.collate(contexts, responses, batch, CPU)
         logp, _ = policy(tokens, is_response)
-        n = torch.tensor([len(responses[i]) for i in batch])
+        n = torch.tensor([len(responses[i]) for i in batch], dtype=torch.int64)
         (weights[batch].repeat_interleave(n) * logp).sum().backward()
     return {name: p.grad.full_tensor().clone() for name, p in policy.named_parameters()}
 
@@ -124,7 +124,7 @@ def test_pretrain_space_does_not_see_x(tiny_model_dir):
     bos = [[1]] * 7
     plain = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
     logp, _ = policy(*common.collate(bos, responses, range(7), CPU))
-    assert torch.allclose(logp, plain_logprobs(plain, bos, responses, 53)[0], atol=1e-5)
+    assert torch.allclose(logp, plain_logprobs(plain, bos, responses, 54)[0], atol=1e-5)
     for contexts, same in [((bos, bos), True), ((prompts, others), False)]:
         a, b = (gradients(policy, c, responses, weights, batches) for c in contexts)
         assert all(torch.equal(a[k], b[k]) for k in a) == same
@@ -139,9 +139,9 @@ def test_canary_sees_other_weights(tiny_model_dir):
     prompts, responses = ragged()
     plain = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
     with torch.no_grad():
-        right = plain_logprobs(plain, prompts, responses, 53)[0]
+        right = plain_logprobs(plain, prompts, responses, 54)[0]
         plain.model.layers[1].mlp.down_proj.weight *= 1.5
-        wrong = plain_logprobs(plain, prompts, responses, 53)[0]
+        wrong = plain_logprobs(plain, prompts, responses, 54)[0]
     for logprobs, limit in [(right, True), (wrong, False)]:
         parts = logprobs.split([len(y) for y in responses])
         samples = [dict(ids=y, logprobs=p.numpy()) for y, p in zip(responses, parts)]
