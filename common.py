@@ -64,7 +64,7 @@ PRESETS = {
         num_generations=8,
         max_prompt_length=384,
         max_completion_length=64,
-        learning_rate=2e-5,
+        learning_rate=3e-6,
         weight_decay=0.0,
         eval_every=10,
         eval_num_samples=4,
@@ -408,7 +408,15 @@ def make_engine(path: str, tokenizer, args):
             enable_sleep_mode=True,
         )
     else:
-        extra = dict(enforce_eager=True, kv_cache_memory_bytes=1 << 30, max_num_seqs=256)
+        length = args.max_prompt_length + args.max_completion_length
+        extra = dict(
+            enforce_eager=True,
+            kv_cache_memory_bytes=1 << 30,
+            max_num_seqs=256,
+            # A prompt cut in chunks makes vLLM rewind the sample's generator, which CPU ones can't.
+            enable_chunked_prefill=False,
+            max_num_batched_tokens=max(8192, length),
+        )
     set_num_threads = torch.set_num_threads
     engine = LLM(
         path,

@@ -1,11 +1,11 @@
 r"""One-step arithmetic with worked examples: problems a 135M chat model solves now and then.
 
 Two-digit additions and subtractions, small multiplications and word problems of one step, all with
-a positive integer as answer. A problem is a chat: worked examples as user and assistant turns, which
-show the model that an answer is short and ends in \boxed{}, then the question.
+a positive integer as answer. A problem is a chat: worked examples as user and assistant turns,
+which show the model that an answer is short and ends in \boxed{}, then the question.
 
->>> for message in problems("test")[0]["problem"][-3:]:
-...     print(message["role"], "|", message["content"])
+>>> [message["role"] for message in problems("test")[0]["problem"][-3:]]
+['user', 'assistant', 'user']
 """
 
 import random

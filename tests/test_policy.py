@@ -71,8 +71,10 @@ def gradients(policy, contexts, responses, weights, batches):
     return {name: p.grad.full_tensor().clone() for name, p in policy.named_parameters()}
 
 
-def close(a, b, atol=2e-5):
-    return a.keys() == b.keys() and all(torch.allclose(a[k], b[k], 1e-4, atol) for k in a)
+def close(a, b, tolerance=1e-5):
+    """Equal up to `tolerance` of the largest gradient: some are zero but for rounding."""
+    largest = max(g.abs().max() for g in b.values())
+    return a.keys() == b.keys() and all((a[k] - b[k]).abs().max() < tolerance * largest for k in a)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -169,7 +171,7 @@ def test_two_ranks_equal_one(tiny_model_dir, tmp_path, count):
         command += [tiny_model_dir, str(out), str(count)]
         subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True, timeout=120)
         results.append(torch.load(out))
-    assert close(*results, atol=1e-4)
+    assert close(*results)
     assert max(g.abs().max() for g in results[0].values()) > 1e-2
 
 
