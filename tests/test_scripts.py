@@ -11,8 +11,11 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 import torch
+from conftest import save_tiny_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import common
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ["grpo_baseline", "prerl", "nsr_prerl", "dsrl"]
@@ -161,6 +164,44 @@ def test_minibatches_and_knobs(tmp_path):
     flags += " --gradient-checkpointing --max-tokens-per-microbatch 300 --dtype bfloat16"
     run("grpo_baseline", tmp_path, *flags.split())
     assert metrics(tmp_path)[-1]["policy/counted_samples"] > 16
+
+
+def test_headline_command_in_the_paper_setting(tmp_path):
+    """`python dsrl.py --model FOLDER`: a Qwen2 with a context of 4096, which 1024 + 8192 exceed."""
+    model = save_tiny_model(tmp_path / "model", context=4096)
+    data = tmp_path / "train.jsonl"
+    rows = [{"question": f"{i}+{i}=", "solution": f"\\boxed{{{2 * i}}}"} for i in range(20)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = f"dsrl.py --model {model} --dataset {data} --eval-datasets {data} --num-prompts 2"
+    command += f" --num-generations 2 --num-steps 2 --warmup-steps 1 --output-dir {tmp_path}/run"
+    command += " --eval-every 0 --negatives reward"
+    done = subprocess.run(
+        [sys.executable, *command.split()],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "context is 4096 tokens" in done.stdout
+    saved = json.loads((tmp_path / "run" / "args.json").read_text())
+    assert saved["max_prompt_length"] + saved["max_completion_length"] == 4096
+    rows = metrics(tmp_path / "run")
+    assert [row["phase"] for row in rows] == ["pretrain", "rl"]
+    assert all(row["policy/grad_norm"] > 0 and row["sync/logprob_gap"] < 0.1 for row in rows)
+
+
+AUTHORS = ROOT.parent / "shared" / "data"
+
+
+@pytest.mark.skipif(not AUTHORS.is_dir(), reason="the authors' parquet files are not here")
+def test_authors_files_load_as_they_are():
+    train = common.load_problems(str(AUTHORS / "math_train.parquet"), "train")
+    assert 7400 < len(train) <= 7496  # four rows have no answer, some problems stand twice
+    assert len(common.load_problems(str(AUTHORS / "aime_2024_20times.parquet"), "test")) == 30
+    assert len(common.load_problems(str(AUTHORS / "amc2023_20times.parquet"), "test")) == 40
+    assert train[0]["answer"] == "0" and train[0]["problem"][-1]["role"] == "user"
 
 
 # ------------------------------------------------------------------------------ the four files
