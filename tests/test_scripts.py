@@ -109,6 +109,29 @@ def test_negatives_only(runs):
     assert metrics(folder)[2]["policy/counted_tokens"] == sum(row["length"] for row in counted)
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_likelihood_is_that_of_the_space(runs, script):
+    """policy/logprob of step 1, scored again with transformers: with x for GRPO, with BOS else."""
+    folder = runs[0][script]
+    model = AutoModelForCausalLM.from_pretrained(ROOT / "lab" / "base")
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "lab" / "base")
+    logps = []
+    table = pyarrow.parquet.read_table(folder / "completions" / "step_000001.parquet")
+    for row in table.to_pylist():
+        A = row["advantage"]
+        if A < 0 or (A > 0 and script in ("grpo_baseline", "prerl")):
+            x = tokenizer.encode(row["prompt"]) if script == "grpo_baseline" else [1]  # <bos>
+            y = tokenizer.encode(row["response"])
+            y += [tokenizer.eos_token_id] * (row["finish_reason"] == "stop")
+            assert len(y) == row["length"]
+            with torch.no_grad():
+                logits = model(torch.tensor([x + y])).logits[0, len(x) - 1 : -1]  # [T, V]
+            logps.append(logits.log_softmax(-1).gather(1, torch.tensor(y)[:, None])[:, 0])
+    assert metrics(folder)[1]["policy/logprob"] == pytest.approx(
+        torch.cat(logps).mean().item(), rel=1e-4
+    )
+
+
 def test_dsrl_begins_as_nsr_prerl_bitwise(runs, tmp_path):
     """Steps 1..S are NSR-PreRL's, weights included."""
     nsr, dsrl = metrics(runs[0]["nsr_prerl"]), metrics(runs[0]["dsrl"])
