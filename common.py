@@ -28,6 +28,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+import thoughts
+
 HERE = Path(__file__).resolve().parent
 
 # ------------------------------------------------------------------- command line and processes
@@ -39,6 +41,8 @@ PRESETS = {
         model=str(HERE / "lab" / "base"),
         dataset="lab",
         eval_datasets=("lab",),
+        datasets=("lab",),
+        num_samples=8,
         system_prompt="",
         num_steps=60,
         num_prompts=16,
@@ -58,6 +62,8 @@ PRESETS = {
         model="smollm2",
         dataset="arithmetic",
         eval_datasets=("arithmetic",),
+        datasets=("arithmetic",),
+        num_samples=4,
         system_prompt="",
         num_steps=20,
         num_prompts=8,
@@ -104,21 +110,23 @@ def parse_args(Args):
 def check_args(args) -> None:
     """Refuse values no run can have, before anything is loaded."""
     world_size = dist.get_world_size()
-    positive = "num_prompts num_generations max_prompt_length max_completion_length num_minibatches"
+    positive = "num_prompts num_generations num_samples num_minibatches max_prompt_length"
+    positive += " max_completion_length"
     for name in (positive + " temperature learning_rate max_grad_norm verify_timeout").split():
-        if not 0 < getattr(args, name) < math.inf:
+        if not 0 < getattr(args, name, 1) < math.inf:
             fail(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
     if not 0 < args.top_p <= 1:
         fail(f"--top-p must be in (0, 1], not {args.top_p}")
-    if args.num_generations == 1 and args.negatives == "advantage":
-        if args.advantage != "reinforce++":
+    kind = getattr(args, "advantage", "dr_grpo")
+    if getattr(args, "num_generations", 2) == 1 and kind != "reinforce++":
+        if getattr(args, "negatives", "advantage") == "advantage":
             fail("--num-generations 1 leaves every advantage 0: a group needs 2 or more responses")
     if world_size % args.tensor_parallel_size:
         fail(
             f"--tensor-parallel-size {args.tensor_parallel_size} does not divide the {world_size} "
             "processes"
         )
-    if args.track != "none":
+    if getattr(args, "track", "none") != "none":
         try:
             __import__(args.track)
         except ImportError:
@@ -182,18 +190,21 @@ def init_distributed() -> tuple[int, int, torch.device]:
 
 def make_output_dir(args) -> Path:
     """The run's folder, the same on every rank, with args.json."""
-    name = Path(sys.argv[0]).stem
+    script = Path(sys.argv[0]).stem
     when = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    model, data = Path(args.model).name, Path(args.dataset).stem
-    folder = [args.output_dir or f"runs/{name}__{model}__{data}__s{args.seed}__{when}"]
+    datasets = (args.dataset,) if hasattr(args, "dataset") else args.datasets
+    model, data = Path(args.model).name, "+".join(Path(name).stem for name in datasets)
+    folder = [args.output_dir or f"runs/{script}__{model}__{data}__s{args.seed}__{when}"]
     dist.broadcast_object_list(folder)
     folder = Path(folder[0])
-    if (folder / "metrics.jsonl").exists() and not args.resume:
+    used = any((folder / name).exists() for name in ("metrics.jsonl", "parts", "results.json"))
+    if used and not args.resume:
         fail(f"{folder} holds another run: give another --output-dir, or --resume to go on with it")
     if dist.get_rank() == 0:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
+            text = json.dumps({"script": script, **vars(args)}, indent=2)
+            (folder / "args.json").write_text(text + "\n")
         except OSError as error:
             fail(f"the output folder cannot be written: {error}")
     dist.barrier()
@@ -349,11 +360,13 @@ def load_problems(name: str, split: str) -> list[dict]:
 
 
 def encode_prompts(problems: list[dict], tokenizer, args, at_least: int) -> list[dict]:
-    """Add "prompt_ids" to each problem; leave out those over --max-prompt-length, with a count.
+    """Add "id", its number, and "prompt_ids" to each problem.
 
-    Refuses a set in which fewer than `at_least` problems remain.
+    Leaves out those over --max-prompt-length, with a count. Refuses a set in which fewer than
+    `at_least` problems remain.
     """
-    for problem in problems:
+    for i, problem in enumerate(problems):
+        problem["id"] = i
         messages = problem["problem"]
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
@@ -441,7 +454,26 @@ def make_engine(path: str, tokenizer, args):
 
 
 def sync_weights(engine, policy, dtype: torch.dtype) -> None:
-    """Send the trainer's weights to the engine: one parameter at a time is gathered and sent.
+    """Send the trainer's weights to the engine: one parameter at a time is gathered and sent."""
+    weights = (  # cast first: half the bytes travel
+        (name, parameter.detach().to(dtype).full_tensor())
+        for name, parameter in policy.lm.named_parameters()
+    )
+    send_weights(engine, weights, policy.vocab_size, policy.lm.config.tie_word_embeddings)
+
+
+def read_weights(path: str):
+    """(name, tensor) of each weight of a checkpoint's *.safetensors."""
+    from safetensors import safe_open
+
+    for file in sorted(Path(path).glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():
+                yield name, tensors.get_tensor(name)
+
+
+def send_weights(engine, weights, vocab_size: int, tied: bool) -> None:
+    """Replace the engine's weights by `weights`, an iterator of (name, whole tensor).
 
     On CUDA the weights wake first and the KV cache only in rollout(): they never peak together.
     """
@@ -450,17 +482,16 @@ def sync_weights(engine, policy, dtype: torch.dtype) -> None:
         if engine.llm_engine.is_sleeping():
             engine.wake_up(tags=["weights"])
 
-    def weights():
-        for name, parameter in policy.lm.named_parameters():
-            # Cast first: half the bytes travel.
-            weight = parameter.detach().to(dtype).full_tensor()
+    def adapted():  # to the engine's untied head and unpadded vocabulary
+        for name, weight in weights:
             if name.endswith(("embed_tokens.weight", "lm_head.weight")):
-                weight = weight[: policy.vocab_size]
-            yield name, weight
-            if name.endswith("embed_tokens.weight") and policy.lm.config.tie_word_embeddings:
+                weight = weight[:vocab_size]
+            if not (tied and name == "lm_head.weight"):
+                yield name, weight
+            if tied and name.endswith("embed_tokens.weight"):
                 yield "lm_head.weight", weight
 
-    engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights()})
+    engine.collective_rpc("reload_weights", kwargs={"weights_iterator": adapted()})
     engine.reset_prefix_cache()
 
 
@@ -468,7 +499,7 @@ def rollout(engine, problems: list[dict], num_samples: int, seed: str, args) -> 
     """Sample y ~ π(·|x): `num_samples` responses to each problem, this rank's share of them.
 
     Each tensor-parallel group takes every n-th problem; each of its ranks keeps a part of the
-    samples. A sample depends only on (seed, problem's place, its number), not on the ranks.
+    samples. A sample depends only on (seed, problem's id, its number), not on the ranks.
 
     Returns:
         dicts of index (problem * num_samples + number), ids (int32 [T], EOS included), logprobs
@@ -484,7 +515,7 @@ def rollout(engine, problems: list[dict], num_samples: int, seed: str, args) -> 
             temperature=args.temperature,
             top_p=args.top_p,
             max_tokens=args.max_completion_length,
-            seed=random.Random(f"{seed} {i}").getrandbits(31),
+            seed=random.Random(f"{seed} {problems[i]['id']}").getrandbits(31),
             logprobs=0,
             detokenize=False,
         )
@@ -608,18 +639,6 @@ def verify(pool, texts: list[str], golds: list[str], args) -> tuple[list[float],
     return [float(verdicts[pair]) for pair in pairs], timeouts, errors
 
 
-# Our own counter: the paper does not say how it counts. Phrases, whole words, any case.
-REFLECTION = re.compile(
-    r"\b(wait|hold on|let me (double[- ]?check|check|verify|re-?examine|reconsider)|on second "
-    r"thought)\b",
-    re.IGNORECASE,
-)
-TRANSITION = re.compile(
-    r"\b(alternatively|another (approach|method)|a different (approach|method)|let me try)\b",
-    re.IGNORECASE,
-)
-
-
 def judge(samples: list[dict], golds: list[str], tokenizer, pool, args) -> dict:
     """Add text, reward and thoughts to this rank's samples; a truncated response gets reward 0.
 
@@ -634,9 +653,8 @@ def judge(samples: list[dict], golds: list[str], tokenizer, pool, args) -> dict:
     rewards, timeouts, errors = verify(pool, texts, answers, args)
     for sample, text, reward in zip(samples, texts, rewards):
         sample["reward"] = 0.0 if sample["truncated"] else reward
-        sample["text"] = text
-        sample["reflection"] = len(REFLECTION.findall(text))
-        sample["transition"] = len(TRANSITION.findall(text))
+        sample["text"], sample["length"] = text, len(sample["ids"])
+        sample["thoughts"] = thoughts.count(text)
     counts = torch.tensor([timeouts, errors])
     dist.all_reduce(counts)
     return {"verify/timeouts": int(counts[0]), "verify/errors": int(counts[1])}
@@ -727,7 +745,7 @@ def clipped_objective(logp, old_logp, A, clip_low: float, clip_high: float, dual
 
 
 class TokenLogprobs(torch.autograd.Function):
-    """log softmax(h Wᵀ / temperature)[y] and the entropy, a chunk of tokens at a time.
+    """log softmax(h Wᵀ / temperature)[y], a chunk of tokens at a time.
 
     Neither pass holds more than one chunk of logits; the backward computes them again. The gradient
     of W adds up in place, where autograd would make a new [V, H] for every chunk.
@@ -737,23 +755,21 @@ class TokenLogprobs(torch.autograd.Function):
     def forward(ctx, h, W, y, temperature: float, chunk: int):
         ctx.save_for_backward(h, W, y)
         ctx.temperature, ctx.chunk = temperature, chunk
-        logp, entropy = h.new_empty(len(h), dtype=torch.float32), []
+        wide = ctx.wide = torch.promote_types(h.dtype, torch.float32)
+        logp = h.new_empty(len(h), dtype=wide)
         for i in range(0, len(h), chunk):
-            logprobs = ((h[i : i + chunk] @ W.T).float() / temperature).log_softmax(-1)  # [c, V]
+            logprobs = ((h[i : i + chunk] @ W.T).to(wide) / temperature).log_softmax(-1)  # [c, V]
             logp[i : i + chunk] = logprobs.gather(1, y[i : i + chunk, None])[:, 0]
-            entropy.append(-(logprobs.exp() * logprobs).sum(-1))
-        entropy = torch.cat(entropy) if entropy else logp.clone()
-        ctx.mark_non_differentiable(entropy)
-        return logp, entropy
+        return logp
 
     @staticmethod
-    def backward(ctx, grad, _):
+    def backward(ctx, grad):
         h, W, y = ctx.saved_tensors
         grad_h = torch.zeros_like(h)
-        grad_W = torch.zeros(W.shape, dtype=torch.float32, device=W.device)
+        grad_W = torch.zeros(W.shape, dtype=ctx.wide, device=W.device)
         for i in range(0, len(h), ctx.chunk):
             h_c, g = h[i : i + ctx.chunk], grad[i : i + ctx.chunk, None] / ctx.temperature
-            d = ((h_c @ W.T).float() / ctx.temperature).softmax(-1).mul_(-g)  # [c, V]
+            d = ((h_c @ W.T).to(ctx.wide) / ctx.temperature).softmax(-1).mul_(-g)  # [c, V]
             d.scatter_add_(1, y[i : i + ctx.chunk, None], g)  # ∂logp/∂logits = onehot(y) - softmax
             d = d.to(h.dtype)
             grad_h[i : i + ctx.chunk] = d @ W
@@ -773,7 +789,7 @@ class Policy(nn.Module):
         self.temperature, self.chunk = temperature, chunk
 
     def forward(self, tokens: torch.Tensor, is_response: torch.Tensor):
-        """log π(token_t | tokens_<t) and entropy, both float32 [n], at the n marked tokens.
+        """log π(token_t | tokens_<t), float32 [n], at the n marked tokens.
 
         Args:
             tokens: [B, L], right-padded. Attention is causal, so padding needs no mask; positions
@@ -789,7 +805,7 @@ class Policy(nn.Module):
 
 
 def load_policy(path: str, config, tokenizer, args, device) -> Policy:
-    """The model sharded by FSDP2: float32 master weights, compute in --dtype, float32 reduce.
+    """The model sharded by FSDP2: compute in --dtype; master weights and reduce in float32.
 
     Rank 0 reads the checkpoint, the others receive their shards.
     """
@@ -798,16 +814,16 @@ def load_policy(path: str, config, tokenizer, args, device) -> Policy:
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
     from transformers import AutoModelForCausalLM
 
+    dtype = getattr(torch, args.dtype)
+    master = torch.promote_types(dtype, torch.float32)
     with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation="sdpa"
-        )
+        lm = AutoModelForCausalLM.from_config(config, dtype=master, attn_implementation="sdpa")
     if args.gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     policy = Policy(lm, len(tokenizer), args.temperature).train()
     shard = dict(
         mesh=init_device_mesh(device.type, (dist.get_world_size(),)),
-        mp_policy=MixedPrecisionPolicy(getattr(torch, args.dtype), reduce_dtype=torch.float32),
+        mp_policy=MixedPrecisionPolicy(dtype, reduce_dtype=master),
     )
     if args.cpu_offload:
         shard["offload_policy"] = CPUOffloadPolicy()
@@ -899,32 +915,29 @@ def collate(contexts: list[list[int]], responses: list[np.ndarray], batch: list[
 
 @torch.no_grad()
 def score(policy, prompts: list[list[int]], samples: list[dict], args, device) -> dict:
-    """The canary: some of the step's samples scored by the trainer, with the prompt.
+    """The canary: up to 4 of the step's samples a rank, scored by the trainer, with the prompt.
 
-    One micro-batch a rank, of at most 16 samples. Runs before the update: the engine has these very
-    weights, so the gap is rounding only; a large one means the sync failed.
+    Runs before the update: the engine has these very weights, so the gap is rounding only; a large
+    one means that the sync failed.
 
     Returns:
-        sync/logprob_gap: mean |trainer's - sampler's log-prob| per token; policy/entropy: mean
-        entropy of π(·|x, y_<t), nats per token.
+        sync/logprob_gap, the mean |trainer's - sampler's log-prob| per token.
     """
-    rank, batch, width = dist.get_rank(), [], 0
-    responses = [s["ids"] for s in samples]
-    for i in range(rank, len(samples), dist.get_world_size()):
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    stride = max(1, len(samples) // (4 * world_size))
+    responses, batch, width = [s["ids"] for s in samples], [], 0
+    for i in range(rank * stride, len(samples), world_size * stride):
         width = max(width, len(prompts[i]) + len(responses[i]))
-        if len(batch) == 16 or (
-            batch and width * (len(batch) + 1) > args.max_tokens_per_microbatch
-        ):
+        if batch and width * (len(batch) + 1) > args.max_tokens_per_microbatch:
             break
         batch.append(i)
-    tokens, is_response = collate(prompts, responses, batch, device)
-    logp, entropy = policy(tokens, is_response)
+    tokens, is_response = collate(prompts, responses, batch[:4], device)
+    logp = policy(tokens, is_response)
     policy.reshard()  # FSDP's root stays gathered after a forward without backward
-    gap = (logp - sampler_logprobs(samples, batch, device)).abs().cpu()
-    total = torch.tensor([gap.sum(), entropy.sum().cpu(), len(gap)], dtype=torch.float64)
+    gap = (logp - sampler_logprobs(samples, batch[:4], device)).abs().cpu()
+    total = torch.tensor([gap.sum(), len(gap)], dtype=torch.float64)
     dist.all_reduce(total)
-    gap, entropy = (total[:2] / total[2].clamp(min=1)).tolist()
-    return {"sync/logprob_gap": gap, "policy/entropy": entropy}
+    return {"sync/logprob_gap": (total[0] / total[1].clamp(min=1)).item()}
 
 
 def check_gap(gap: float, args) -> None:
@@ -949,17 +962,39 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
+def summarize(samples: list[dict], k: int) -> dict:
+    """Figures of an evaluation: k judged samples to each problem, by index.
+
+    Returns:
+        avg@k; pass@m for m = 1, 2, 4, ... and k; standard_error of avg@k, over problems; problems;
+        length (tokens); truncated (share); thoughts/*.
+    """
+    right = np.array([s["reward"] for s in samples]).reshape(-1, k)  # [problems, k]
+    result = {f"avg@{k}": float(right.mean())}
+    for m in sorted({2**i for i in range(k.bit_length())} | {k}):
+        result[f"pass@{m}"] = float(np.mean([pass_at_k(k, int(c), m) for c in right.sum(1)]))
+    n = len(right)
+    result["standard_error"] = float(right.mean(1).std(ddof=1) / n**0.5) if n > 1 else float("nan")
+    lengths = [s["length"] for s in samples]
+    result |= {"problems": n, "length": float(np.mean(lengths))}
+    result["truncated"] = float(np.mean([s["truncated"] for s in samples]))
+    return result | thoughts.rates([s["thoughts"] for s in samples], lengths)
+
+
+def sample_and_judge(engine, problems, k: int, tokenizer, pool, args) -> list[dict]:
+    """k judged samples to each problem, on every rank; the same seeds at every call."""
+    samples = rollout(engine, problems, k, f"{args.seed} eval", args)
+    judge(samples, [p["answer"] for p in problems for _ in range(k)], tokenizer, pool, args)
+    return gather(samples)
+
+
 def evaluate(engine, datasets: dict, tokenizer, pool, args) -> dict:
-    """eval/NAME/avg@k and pass@k of each data set; the same seeds at every call."""
+    """eval/NAME/avg@k, pass@k, length, truncated and thoughts of each data set."""
     metrics, k = {}, args.eval_num_samples
+    keys = f"avg@{k} pass@{k} length truncated thoughts/reflection thoughts/transition".split()
     for name, problems in datasets.items():
-        samples = rollout(engine, problems, k, f"{args.seed} eval", args)
-        judge(samples, [p["answer"] for p in problems for _ in range(k)], tokenizer, pool, args)
-        right = np.array([s["reward"] for s in gather(samples)]).reshape(-1, k)  # [problems, k]
-        name = Path(name).stem
-        metrics[f"eval/{name}/avg@{k}"] = float(right.mean())
-        passes = [pass_at_k(k, int(c), k) for c in right.sum(1)]
-        metrics[f"eval/{name}/pass@{k}"] = float(np.mean(passes))
+        result = summarize(sample_and_judge(engine, problems, k, tokenizer, pool, args), k)
+        metrics |= {f"eval/{Path(name).stem}/{key}": result[key] for key in keys}
     return metrics
 
 
@@ -1005,7 +1040,7 @@ def save_completions(folder: Path, step: int, problems, samples, A, num_generati
             response=s["text"],
             reward=s["reward"],
             advantage=float(A[s["index"]]),
-            length=len(s["ids"]),
+            length=s["length"],
             finish_reason="length" if s["truncated"] else "stop",
         )
         for s in samples
@@ -1112,18 +1147,16 @@ def peak_memory_gib() -> float:
 def rollout_metrics(samples: list[dict], rewards: torch.Tensor, args) -> dict:
     """What the step's samples look like."""
     solved = rewards.view(-1, args.num_generations).mean(1)  # [P]
-
-    def mean(key):
-        return float(np.mean([s[key] for s in samples]))
-
+    lengths = [s["length"] for s in samples]
     return {
         "reward/mean": rewards.mean().item(),
         "reward/solve_all": (solved == 1).float().mean().item(),
         "reward/solve_none": (solved == 0).float().mean().item(),
-        "completion/length": float(np.mean([len(s["ids"]) for s in samples])),
-        "completion/truncated": mean("truncated"),
-        "thoughts/reflection": mean("reflection"),
-        "thoughts/transition": mean("transition"),
+        "completion/length": float(np.mean(lengths)),
+        "completion/truncated": float(np.mean([s["truncated"] for s in samples])),
+        # E[-log π(y_t | x, y_<t)] over y ~ π is the entropy: no full distribution is needed.
+        "policy/entropy": float(-np.concatenate([s["logprobs"] for s in samples]).mean()),
+        **thoughts.rates([s["thoughts"] for s in samples], lengths),
     }
 
 
@@ -1150,9 +1183,15 @@ def progress_line(metrics: dict, num_steps: int) -> str:
         f"grad {metrics['policy/grad_norm']:.2f}" if updated else "no update",
         f"gap {metrics['sync/logprob_gap']:.0e}",
         f"{metrics['time/step']:.1f} s",
+        eval_line(metrics),
     ]
-    parts += [f"{key} {value:.3f}" for key, value in metrics.items() if key.startswith("eval/")]
     return "  ".join(parts)
+
+
+def eval_line(metrics: dict) -> str:
+    """The accuracies among the metrics, on one line."""
+    scores = ((key.removeprefix("eval/"), value) for key, value in metrics.items() if "@" in key)
+    return "  ".join(f"{key} {value:.3f}" for key, value in scores)
 
 
 def say_summary(folder: Path, say) -> None:
@@ -1164,9 +1203,12 @@ def say_summary(folder: Path, say) -> None:
     say()
     if evals:
         first, last = evals[0], evals[-1]
-        say(f"{'held-out':28} step {first['step']:<6} step {last['step']}")
+        say(
+            f"{'held-out':34} {'step':>4} {first['step']:<4} {'step':>4} {last['step']:<4}    ratio"
+        )
         for key in (key for key in last if key.startswith("eval/")):
-            say(f"{key.removeprefix('eval/'):28} {first[key]:<11.3f} {last[key]:.3f}")
+            ratio = f"{last[key] / first[key]:8.2f}x" if first[key] else "        -"
+            say(f"{key.removeprefix('eval/'):34} {first[key]:9.3f} {last[key]:9.3f} {ratio}")
     seconds = sum(row.get("time/step", 0.0) for row in rows)
     say(f"{len(rows)} lines of metrics, {seconds:.0f} s of steps")
     say(f"model {folder / 'model'}, metrics {folder / 'metrics.jsonl'}, curves: TensorBoard")

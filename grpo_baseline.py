@@ -148,7 +148,7 @@ def main(args: Args) -> None:
     if args.eval_every and not done:
         scores = common.evaluate(engine, evals, tokenizer, verifier, args)
         log(0, {"step": 0, **scores})
-        say("step 0  " + "  ".join(f"{key} {value:.3f}" for key, value in scores.items()))
+        say(f"step 0  {common.eval_line(scores)}")
 
     for step in range(done + 1, args.num_steps + 1):
         clock = common.timer()
@@ -166,14 +166,14 @@ def main(args: Args) -> None:
         samples = common.gather(samples)
         prompts = [p["prompt_ids"] for p in problems for _ in range(args.num_generations)]  # x
         responses = [s["ids"] for s in samples]  # y
-        lengths = torch.tensor([len(y) for y in responses])  # [N]
+        lengths = torch.tensor([s["length"] for s in samples])  # [N]
         rewards = torch.tensor([s["reward"] for s in samples])  # [N]
         clock.lap("time/verify")
 
         # The canary: does the engine sample from the trainer's weights?
         canary = common.score(policy, prompts, samples, args, device)
         common.check_gap(canary["sync/logprob_gap"], args)
-        clock.lap("time/sync")
+        clock.lap("time/canary")
 
         # 3. Advantage A [N]
         A = common.advantages(rewards, args.num_generations, args.advantage)
@@ -217,10 +217,10 @@ def main(args: Args) -> None:
                     n = [len(responses[i]) for i in batch]
                     if old:  # the trainer's own log-probs before the first update
                         with torch.no_grad():
-                            logp = policy(tokens, is_response)[0]
+                            logp = policy(tokens, is_response)
                         old_logps.update(zip(batch, logp.split(n)))
                         continue
-                    logp, _ = policy(tokens, is_response)  # [n] log π(y_t | context, y_<t)
+                    logp = policy(tokens, is_response)  # [n] log π(y_t | context, y_<t)
                     old_logp = logp.detach()  # on-policy: the ratio is 1, the gradient A ∇log π
                     if args.num_minibatches > 1:
                         old_logp = torch.cat([old_logps[i] for i in batch] or [old_logp])

@@ -32,7 +32,7 @@ args = types.SimpleNamespace(
 )
 rank, world_size, device = common.init_distributed()
 path, config, tokenizer = common.load_model_files(args)
-problems = [{"prompt_ids": [5 + i, 7, 9]} for i in range(6)]
+problems = [{"id": i, "prompt_ids": [5 + i, 7, 9]} for i in range(6)]
 prompts = [p["prompt_ids"] for p in problems for _ in range(4)]
 engine = common.make_engine(path, tokenizer, args)
 policy = common.load_policy(path, config, tokenizer, args, device)
@@ -46,7 +46,7 @@ gaps["before"] = common.score(policy, prompts, samples, args, device)["sync/logp
 assert [s["index"] for s in samples] == list(range(24))
 for _ in range(3):
     tokens, is_response = common.collate(prompts, [s["ids"] for s in samples], range(24), device)
-    policy(tokens, is_response)[0].mean().backward()
+    policy(tokens, is_response).mean().backward()
     common.clip_gradients(policy, 1.0)
     optimizer.step()
     optimizer.zero_grad()

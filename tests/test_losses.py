@@ -153,15 +153,6 @@ def test_last_boxed():
     assert time.perf_counter() - start < 5
 
 
-def test_thoughts():
-    reflect = lambda text: len(common.REFLECTION.findall(text))  # noqa: E731
-    change = lambda text: len(common.TRANSITION.findall(text))  # noqa: E731
-    assert reflect("So 4. Wait, let me check. 1:20 even 10; wait 1:20 even 10;") == 3
-    assert reflect("The waiter waits; awaiting a check of the list.") == 0
-    assert change("Alternatively, use another approach.") == 2
-    assert change("Another way of writing 5; the alternative.") == 0
-
-
 def test_bos_in_order_of_preference():
     from types import SimpleNamespace
 

@@ -49,14 +49,13 @@ def ragged(count=7, seed=0, longest=12):
 
 def plain_logprobs(model, contexts, responses, vocabulary, temperature=1.0):
     """log π one sequence at a time from full logits: no padding, no chunks, no FSDP."""
-    logps, entropies = [], []
+    logps = []
     for x, y in zip(contexts, responses):
         ids = torch.tensor([[*x, *y.tolist()]])
         logits = model(ids).logits[0, len(x) - 1 : -1, :vocabulary] / temperature  # [T, V]
         table = logits.log_softmax(-1)
         logps.append(table.gather(1, ids[0, len(x) :, None])[:, 0])
-        entropies.append(-(table.exp() * table).sum(-1))
-    return torch.cat(logps), torch.cat(entropies)
+    return torch.cat(logps)
 
 
 def gradients(policy, contexts, responses, weights, batches):
@@ -65,7 +64,7 @@ def gradients(policy, contexts, responses, weights, batches):
         parameter.grad = None
     for batch in batches:
         tokens, is_response = common.collate(contexts, responses, batch, CPU)
-        logp, _ = policy(tokens, is_response)
+        logp = policy(tokens, is_response)
         n = torch.tensor([len(responses[i]) for i in batch], dtype=torch.int64)
         (weights[batch].repeat_interleave(n) * logp).sum().backward()
     return {name: p.grad.full_tensor().clone() for name, p in policy.named_parameters()}
@@ -88,10 +87,9 @@ def test_logprobs_and_gradients_equal_full_logits(request, tied, chunk, temperat
     assert vocabulary < plain.config.vocab_size
     prompts, responses = ragged()
     tokens, is_response = common.collate(prompts, responses, range(7), CPU)
-    logp, entropy = policy(tokens, is_response)
-    expected, expected_entropy = plain_logprobs(plain, prompts, responses, vocabulary, temperature)
+    logp = policy(tokens, is_response)
+    expected = plain_logprobs(plain, prompts, responses, vocabulary, temperature)
     assert torch.allclose(logp, expected, atol=1e-5)
-    assert torch.allclose(entropy, expected_entropy, atol=1e-5)
 
     weights = torch.randn(7, generator=torch.Generator().manual_seed(0))
     n = torch.tensor([len(y) for y in responses])
@@ -125,8 +123,8 @@ def test_pretrain_space_does_not_see_x(tiny_model_dir):
     batches = [[0, 1, 2], [3, 4, 5, 6]]
     bos = [[1]] * 7
     plain = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
-    logp, _ = policy(*common.collate(bos, responses, range(7), CPU))
-    assert torch.allclose(logp, plain_logprobs(plain, bos, responses, 54)[0], atol=1e-5)
+    logp = policy(*common.collate(bos, responses, range(7), CPU))
+    assert torch.allclose(logp, plain_logprobs(plain, bos, responses, 54), atol=1e-5)
     for contexts, same in [((bos, bos), True), ((prompts, others), False)]:
         a, b = (gradients(policy, c, responses, weights, batches) for c in contexts)
         assert all(torch.equal(a[k], b[k]) for k in a) == same
@@ -141,9 +139,9 @@ def test_canary_sees_other_weights(tiny_model_dir):
     prompts, responses = ragged()
     plain = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
     with torch.no_grad():
-        right = plain_logprobs(plain, prompts, responses, 54)[0]
+        right = plain_logprobs(plain, prompts, responses, 54)
         plain.model.layers[1].mlp.down_proj.weight *= 1.5
-        wrong = plain_logprobs(plain, prompts, responses, 54)[0]
+        wrong = plain_logprobs(plain, prompts, responses, 54)
     for logprobs, limit in [(right, True), (wrong, False)]:
         parts = logprobs.split([len(y) for y in responses])
         samples = [dict(ids=y, logprobs=p.numpy()) for y, p in zip(responses, parts)]

@@ -30,7 +30,7 @@ lengths = [1 + len(y) for y in responses]
 plan = common.plan_microbatches(range(count), lengths, 24, world_size)
 for batch in plan[rank]:
     tokens, is_response = common.collate(contexts, responses, batch, device)
-    logp, _ = policy(tokens, is_response)
+    logp = policy(tokens, is_response)
     (logp.sum() * world_size).backward()
 gradients = {name: p.grad.full_tensor() for name, p in policy.named_parameters()}
 if rank == 0:

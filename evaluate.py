@@ -1,0 +1,170 @@
+"""Avg@k and unbiased Pass@k of any checkpoint, on the paper's benchmarks or on local problems.
+
+    python evaluate.py --model runs/x/model --datasets aime24 aime25 amc23 --num-samples 32
+    python evaluate.py --preset lab --model runs/y/model
+
+Generates with vLLM on every rank and judges as training does, with the functions that the training
+scripts evaluate with: the same weights, seed and lengths give the same numbers. Writes results.json
+and completions.parquet. A killed evaluation goes on with --resume.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pyarrow
+import pyarrow.parquet
+import torch.distributed as dist
+
+import common
+import thoughts
+
+
+@dataclass
+class Args:
+    preset: Literal["paper", "lab", "smollm"] = "paper"
+    """set of defaults, as in training: model, data sets, lengths, system prompt, dtype"""
+    model: str = "Qwen/Qwen3-4B"
+    """local folder (RUN/model), hub id, or bare name of a known family"""
+    datasets: tuple[str, ...] = ("aime24", "aime25", "amc23", "math500", "minerva", "olympiadbench")
+    """these names, lab, arithmetic, hub ids, or local .parquet or .jsonl files"""
+    num_samples: int = 32
+    """k of avg@k; responses per problem (paper: 32)"""
+    output_dir: str = ""
+    """folder; default runs/evaluate__MODEL__DATASETS__sSEED__TIME"""
+    resume: bool = False
+    """go on with the evaluation in --output-dir: finished problems are not generated again"""
+    seed: int = 1
+    """of sampling"""
+
+    system_prompt: str = "Please reason step by step, and put your final answer within \\boxed{}."
+    """put before every problem; empty for none"""
+    max_prompt_length: int = 1024
+    """tokens; longer prompts are left out"""
+    max_completion_length: int = 8192
+    """tokens; cut to the model's context"""
+    temperature: float = 1.0
+    """of sampling"""
+    top_p: float = 1.0
+    """nucleus of sampling"""
+    grader: Literal["math-verify", "boxed-string"] = "math-verify"
+    """mathematical equality of the last box, or the authors' exact string match"""
+    verify_timeout: float = 5.0
+    """seconds for one answer; after that it scores 0"""
+
+    num_processes: int = 0
+    """0 = one per GPU, or one on a CPU"""
+    tensor_parallel_size: int = 1
+    """ranks per vLLM engine; the engines share the problems"""
+    gpu_memory_utilization: float = 0.9
+    """share of a GPU's memory for vLLM"""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """of the engine"""
+
+
+def main(args: Args) -> None:
+    rank, world_size, _ = common.init_distributed()
+    common.check_args(args)
+    path, config, tokenizer = common.load_model_files(args)
+    problems = {name: common.load_problems(name, "test") for name in args.datasets}
+    common.fit_context(args, config)
+    problems = {n: common.encode_prompts(p, tokenizer, args, 1) for n, p in problems.items()}
+    folder = common.make_output_dir(args)
+    say = common.quiet(folder)
+    say(f"{args.model} on {world_size} ranks, output in {folder}")
+
+    verifier = common.start_verifier()
+    engine = common.make_engine(path, tokenizer, args)
+    tied = config.tie_word_embeddings
+    common.send_weights(engine, common.read_weights(path), len(tokenizer), tied)
+
+    parts = folder / "parts"
+    if rank == 0:
+        parts.mkdir(exist_ok=True)
+    # About 1,024 responses per engine and part: what a kill loses, at most
+    size = max(1, 1024 // args.num_samples) * (world_size // args.tensor_parallel_size)
+    for name, rows in problems.items():
+        for start in range(0, len(rows), size):
+            part = parts / f"{Path(name).stem}_{start:06d}.parquet"
+            done = [part.exists()]
+            dist.broadcast_object_list(done)
+            if done[0]:
+                continue
+            chunk = rows[start : start + size]
+            samples = common.sample_and_judge(
+                engine, chunk, args.num_samples, tokenizer, verifier, args
+            )
+            if rank == 0:
+                save_part(part, Path(name).stem, chunk, samples, args.num_samples, tokenizer)
+            say(f"{name}: {start + len(chunk)} of {len(rows)} problems")
+
+    if rank == 0:
+        table = pyarrow.concat_tables(
+            pyarrow.parquet.read_table(part) for part in sorted(parts.glob("*.parquet"))
+        )
+        pyarrow.parquet.write_table(table, folder / "completions.parquet")
+        results = {Path(n).stem: results_of(table, Path(n).stem, args) for n in problems}
+        (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        say(results_table(results, args.num_samples))
+        say(f"all figures in {folder / 'results.json'}")
+    verifier.stop()
+    common.shutdown(engine)
+
+
+def save_part(part: Path, dataset: str, problems, samples, k: int, tokenizer) -> None:
+    """One row a response; the file is there only when it is whole."""
+    rows = []
+    for s in samples:
+        problem = problems[s["index"] // k]
+        rows.append(
+            dict(
+                dataset=dataset,
+                problem=problem["id"],
+                sample=s["index"] % k,
+                prompt=tokenizer.decode(problem["prompt_ids"]),
+                answer=problem["answer"],
+                response=s["text"],
+                reward=s["reward"],
+                length=s["length"],
+                truncated=s["truncated"],
+            )
+        )
+    temporary = part.with_suffix(".tmp")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), temporary)
+    temporary.rename(part)
+
+
+def results_of(table: pyarrow.Table, dataset: str, args) -> dict:
+    """The figures of one data set from its rows."""
+    rows = [row for row in table.to_pylist() if row["dataset"] == dataset]
+    rows.sort(key=lambda row: (row["problem"], row["sample"]))
+    for row in rows:
+        row["thoughts"] = thoughts.count(row["response"])
+    return common.summarize(rows, args.num_samples)
+
+
+def results_table(results: dict, k: int) -> str:
+    """One line a data set, and their mean, as the paper's tables have it."""
+    keys = {
+        f"avg@{k}": f"avg@{k}",
+        "+-": "standard_error",
+        "pass@1": "pass@1",
+        f"pass@{k}": f"pass@{k}",
+        "length": "length",
+        "truncated": "truncated",
+        "reflections": "thoughts/reflection",
+        "transitions": "thoughts/transition",
+    }
+    lines = [" " * 28 + "problems" + "".join(f"{title:>12}" for title in keys)]
+    for name, result in results.items():
+        values = "".join(f"{result[key]:12.3f}" for key in keys.values())
+        lines.append(f"{name:28}{result['problems']:8}{values}")
+    if len(results) > 1:
+        mean = sum(result[f"avg@{k}"] for result in results.values()) / len(results)
+        lines.append(f"{'mean over data sets':36}{mean:12.3f}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    common.launch(main, common.parse_args(Args))
