@@ -436,7 +436,7 @@ def make_engine(path: str, tokenizer, args):
         load_format="dummy",
         # Untied: vLLM's CPU kernels repack a tied head at load, and a reload would not reach it.
         hf_overrides={"vocab_size": len(tokenizer), "tie_word_embeddings": False},
-        dtype=args.dtype,
+        dtype="float32" if args.dtype == "float64" else args.dtype,
         tensor_parallel_size=args.tensor_parallel_size,
         distributed_executor_backend="external_launcher",
         max_model_len=args.max_prompt_length + args.max_completion_length,
@@ -938,6 +938,60 @@ def score(policy, prompts: list[list[int]], samples: list[dict], args, device) -
     total = torch.tensor([gap.sum(), len(gap)], dtype=torch.float64)
     dist.all_reduce(total)
     return {"sync/logprob_gap": (total[0] / total[1].clamp(min=1)).item()}
+
+
+def batch_gradient(policy, contexts, responses, weights: list, args, device) -> list:
+    """∇ Σ_i Σ_t weights_it log π(y_it | context_i, y_i<t), without touching the weights.
+
+    Args:
+        weights: of each response's tokens, [T_i]; a response with only zeros is left out.
+
+    Returns:
+        this rank's shard of the gradient of each parameter. Gradients are None afterwards.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    total = [len(x) + len(y) for x, y in zip(contexts, responses)]
+    active = [i for i, w in enumerate(weights) if w.any()]
+    plan = plan_microbatches(active, total, args.max_tokens_per_microbatch, world_size)
+    for batch in plan[rank]:
+        logp = policy(*collate(contexts, responses, batch, device))
+        w = torch.cat([weights[i] for i in batch] or [logp.new_empty(0)]).to(logp)
+        (world_size * (w * logp).sum()).backward()  # FSDP averages over ranks
+    gradient = []
+    for parameter in policy.parameters():
+        grad = parameter if parameter.grad is None else parameter.grad
+        grad = grad.to_local().detach()
+        gradient.append(torch.zeros_like(grad) if parameter.grad is None else grad)
+        parameter.grad = None
+    return gradient
+
+
+def dot(a: list, b: list) -> float:
+    """Inner product of two sharded vectors, over all ranks, in float64."""
+    total = sum((u.double() * v.double()).sum() for u, v in zip(a, b)).cpu()
+    dist.all_reduce(total)
+    return total.item()
+
+
+def cosine(a: list, b: list) -> float:
+    """Of the angle between two sharded vectors; NaN if one is zero."""
+    norms = math.sqrt(dot(a, a) * dot(b, b))
+    return dot(a, b) / norms if norms else float("nan")
+
+
+def alignment(policy, contexts, prompts, responses, weights, rewards, args, device) -> dict:
+    """How far this update points along GRPO's: the cosine of the two batch gradients.
+
+    Args:
+        weights: A [N] of the update in its space, 0 for samples that do not count; rewards: [N].
+    """
+    grpo = advantages(rewards, args.num_generations, "grpo")
+    each = [torch.ones(len(y)) for y in responses]
+    own, other = (
+        batch_gradient(policy, x, responses, [a * e for a, e in zip(A, each)], args, device)
+        for x, A in ((contexts, weights), (prompts, grpo))
+    )
+    return {"alignment/cosine_to_grpo": cosine(own, other)}
 
 
 def check_gap(gap: float, args) -> None:

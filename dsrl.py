@@ -106,6 +106,8 @@ class Args:
     """steps; also before the first and after the last; 0 = never"""
     eval_num_samples: int = 8
     """k of avg@k and pass@k"""
+    alignment_every: int = 0
+    """steps between measurements of the update's cosine with GRPO's; 0 = never"""
     save_every: int = 50
     """steps between checkpoints for --resume, and between saved completions; 0 = never"""
     resume: str = ""
@@ -207,6 +209,10 @@ def main(args: Args) -> None:
         if args.mask_truncated:
             counted &= ~torch.tensor([s["truncated"] for s in samples])
         A = weight * A
+        if args.alignment_every and step % args.alignment_every == 0:
+            canary |= common.alignment(
+                policy, contexts, prompts, responses, A * counted, rewards, args, device
+            )
 
         # 5. Update: one optimiser step per mini-batch of the counted samples
         order = torch.randperm(len(A), generator=torch.Generator().manual_seed(step))

@@ -1,0 +1,398 @@
+"""Gradient alignment, the paper's theory (section 3 and figure 2), measured.
+
+    python grad_alignment.py --model Qwen3-4B --dataset amc23 --num-rollouts 400
+    python grad_alignment.py --preset lab
+
+Lowering log π(y) also lowers log π(y|x) as far as their gradients agree: with θ' = θ + η g₁,
+
+    log π_θ'(y|x) ≈ log π_θ(y|x) + η ⟨g₁, g₂⟩        g₁ = ∇ mean_t log π(y_t | BOS, y_<t)
+                                                     g₂ = ∇ mean_t log π(y_t | x, y_<t)
+
+For every rollout y ~ π(·|x) this measures ⟨g₁, g₂⟩ and the cosine over all parameters; for some,
+both sides of the line above; for the whole batch, the cosines of the methods' updates with GRPO's;
+for some tokens, the cosine of ∇ log π(y_t | BOS, y_<t) and ∇ log π(y_t | x, y_<t).
+
+Writes alignment.json (every number), alignment.png, tokens.html (responses coloured by what the
+prompt adds to each token) and rollouts.parquet. All ranks work on the same rollout: they share its
+memory, not its time.
+"""
+
+import html
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import torch
+import torch.distributed as dist
+
+import common
+
+
+@dataclass
+class Args:
+    preset: Literal["paper", "lab", "smollm"] = "paper"
+    """set of defaults, as in training"""
+    model: str = "Qwen/Qwen3-4B"
+    """hub id, local folder, or bare name of a known family"""
+    dataset: str = "amc23"
+    """problems, named as in training (paper: AMC 2023)"""
+    num_rollouts: int = 400
+    """responses in all (paper: 400)"""
+    num_generations: int = 10
+    """responses per problem (group size G)"""
+    num_finite_steps: int = 20
+    """rollouts for which the step θ + η g₁ is really made"""
+    finite_step: float = 1e-3
+    """what that step adds to mean_t log π(y_t | BOS, y_<t), nats"""
+    num_tokens: int = 200
+    """tokens whose own two gradients are compared"""
+    num_pages: int = 10
+    """responses in tokens.html"""
+    output_dir: str = ""
+    """folder; default runs/grad_alignment__MODEL__DATASET__sSEED__TIME"""
+    seed: int = 1
+    """of sampling"""
+
+    system_prompt: str = "Please reason step by step, and put your final answer within \\boxed{}."
+    """put before every problem; empty for none"""
+    bos_token: str = ""
+    """the pre-train space's context; default the tokenizer's BOS, else <|im_start|>"""
+    max_prompt_length: int = 1024
+    """tokens; longer prompts are left out"""
+    max_completion_length: int = 8192
+    """tokens; cut to the model's context"""
+    temperature: float = 1.0
+    """of sampling and of the log-probs"""
+    top_p: float = 1.0
+    """nucleus of sampling"""
+    grader: Literal["math-verify", "boxed-string"] = "math-verify"
+    """mathematical equality of the last box, or the authors' exact string match"""
+    verify_timeout: float = 5.0
+    """seconds for one answer; after that it scores 0"""
+
+    num_processes: int = 0
+    """0 = one per GPU, or one on a CPU"""
+    tensor_parallel_size: int = 1
+    """ranks per vLLM engine"""
+    gpu_memory_utilization: float = 0.4
+    """share of a GPU's memory for vLLM"""
+    dtype: Literal["bfloat16", "float32", "float64"] = "float32"
+    """of the gradients (the engine samples in float32 at most)"""
+    max_tokens_per_microbatch: int = 16384
+    """padded tokens in one forward pass"""
+    gradient_checkpointing: bool = True
+    """recompute each layer's activations in the backward pass"""
+    cpu_offload: bool = False
+    """weights in host memory"""
+
+
+def main(args: Args) -> None:
+    rank, world_size, device = common.init_distributed()
+    common.check_args(args)
+    path, config, tokenizer = common.load_model_files(args)
+    problems = common.load_problems(args.dataset, "test")
+    bos = common.find_bos(tokenizer, args.bos_token)
+    common.fit_context(args, config)
+    problems = common.encode_prompts(problems, tokenizer, args, 1)
+    wanted = max(1, args.num_rollouts // args.num_generations)
+    if wanted < len(problems):
+        problems = random.Random(args.seed).sample(problems, wanted)
+    folder = common.make_output_dir(args)
+    say = common.quiet(folder)
+    say(f"{args.model}: {len(problems)} problems x {args.num_generations}, output in {folder}")
+
+    verifier = common.start_verifier()
+    engine = common.make_engine(path, tokenizer, args)
+    policy = common.load_policy(path, config, tokenizer, args, device)
+    common.sync_weights(engine, policy, next(policy.parameters()).dtype)
+    samples = common.sample_and_judge(
+        engine, problems, args.num_generations, tokenizer, verifier, args
+    )
+    verifier.stop()
+    prompts = [p["prompt_ids"] for p in problems for _ in range(args.num_generations)]  # x
+    responses = [s["ids"] for s in samples]  # y
+    rewards = torch.tensor([s["reward"] for s in samples])  # [N]
+    right = rewards.mean().item()
+    say(f"{len(samples)} rollouts, {right:.3f} of them right; now their gradients")
+
+    logps = {  # of every response's tokens, [N][T]
+        "bos": logprobs(policy, [[bos]] * len(prompts), responses, args, device),
+        "x": logprobs(policy, prompts, responses, args, device),
+    }
+    result = {"model": args.model, "dataset": args.dataset, "bos": bos, "reward": right}
+    result |= compare_rollouts(policy, prompts, responses, rewards, bos, logps, args, device, say)
+    say("now single tokens")
+    result["tokens"] = compare_tokens(policy, prompts, responses, bos, logps, args, device)
+    result["summary"] = summary(result["rollouts"])
+    if rank == 0:
+        (folder / "alignment.json").write_text(json.dumps(result, indent=1) + "\n")
+        rows = [
+            dict(prompt_ids=x, response_ids=y.tolist(), response=s["text"], reward=s["reward"])
+            for x, y, s in zip(prompts, responses, samples)
+        ]
+        table = pyarrow.Table.from_pylist(rows)
+        pyarrow.parquet.write_table(table, folder / "rollouts.parquet")
+        draw(result, folder / "alignment.png")
+        chosen = range(0, len(responses), max(1, len(responses) // args.num_pages))
+        page = tokens_page(result, responses, logps, tokenizer, list(chosen)[: args.num_pages])
+        (folder / "tokens.html").write_text(page)
+        say(report(result))
+        say(f"alignment.json, alignment.png and tokens.html are in {folder}")
+    common.shutdown(engine)
+
+
+@torch.no_grad()
+def logprobs(policy, contexts, responses, args, device) -> list[np.ndarray]:
+    """log π(y_t | context, y_<t) of every response, [N][T], on every rank."""
+    total = [len(x) + len(y) for x, y in zip(contexts, responses)]
+    plan = common.plan_microbatches(
+        range(len(total)), total, args.max_tokens_per_microbatch, dist.get_world_size()
+    )
+    found = {}
+    for batch in plan[dist.get_rank()]:
+        logp = policy(*common.collate(contexts, responses, batch, device))
+        found.update(zip(batch, logp.split([len(responses[i]) for i in batch])))
+    policy.reshard()  # FSDP's root stays gathered after a forward without backward
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, {i: logp.cpu().double().numpy() for i, logp in found.items()})
+    return [part[i] for i in range(len(total)) for part in parts if i in part]
+
+
+def compare_rollouts(policy, prompts, responses, rewards, bos, logps, args, device, say) -> dict:
+    """Rollout by rollout g₁ and g₂, the finite steps, and the batch's updates."""
+    r_bar = common.advantages(rewards, args.num_generations, "dr_grpo")  # r - group mean
+    updates = {  # name -> space and A [N]
+        "GRPO": ("x", common.advantages(rewards, args.num_generations, "grpo")),
+        "NSR-RL": ("x", r_bar.clamp(max=0)),
+        "PreRL": ("bos", r_bar),
+        "NSR-PreRL": ("bos", r_bar.clamp(max=0)),
+        "PSR-PreRL": ("bos", r_bar.clamp(min=0)),
+    }
+    summed = {name: None for name in updates}
+    weights = [parameter.to_local().detach() for parameter in policy.parameters()]
+    rollouts, steps = [], []
+    for i, y in enumerate(responses):
+        mean = [torch.full((len(y),), 1 / len(y), dtype=torch.float64)]
+        g = {
+            space: common.batch_gradient(policy, [x], [y], mean, args, device)
+            for space, x in (("bos", [bos]), ("x", prompts[i]))
+        }
+        inner = common.dot(g["bos"], g["x"])
+        norms = {space: common.dot(gradient, gradient) ** 0.5 for space, gradient in g.items()}
+        rollouts.append(
+            {
+                "reward": rewards[i].item(),
+                "length": len(y),
+                "inner_product": inner,
+                "cosine": inner / (norms["bos"] * norms["x"]),
+                "norm_bos": norms["bos"],
+                "norm_x": norms["x"],
+                "logprob_bos": logps["bos"][i].mean(),
+                "logprob_x": logps["x"][i].mean(),
+            }
+        )
+        for name, (space, A) in updates.items():  # Σ_i A_i Σ_t ∇ log π
+            if A[i] != 0:
+                part = [A[i].item() * len(y) * u for u in g[space]]
+                summed[name] = [a + b for a, b in zip(summed[name], part)] if summed[name] else part
+        if i < args.num_finite_steps:  # θ' = θ + η g₁, and back
+            eta = args.finite_step / norms["bos"] ** 2
+            saved = [weight.clone() for weight in weights]
+            for weight, u in zip(weights, g["bos"]):
+                weight.add_(u, alpha=eta)
+            after = logprobs(policy, [prompts[i]], [y], args, device)[0].mean()
+            for weight, old in zip(weights, saved):
+                weight.copy_(old)
+            actual, predicted = after - logps["x"][i].mean(), eta * inner
+            steps.append(dict(actual=actual, predicted=predicted, ratio=actual / predicted))
+        if (i + 1) % 50 == 0:
+            say(f"{i + 1} of {len(responses)} rollouts")
+    cosines = {
+        name: common.cosine(summed[name], summed["GRPO"])
+        for name in updates
+        if name != "GRPO" and summed[name] and summed["GRPO"]
+    }
+    return {"rollouts": rollouts, "finite_steps": steps, "cosine_to_grpo": cosines}
+
+
+def compare_tokens(policy, prompts, responses, bos, logps, args, device) -> list[dict]:
+    """The two gradients of single tokens, drawn evenly from rollouts and positions."""
+    rng, rows = random.Random(args.seed), []
+    for _ in range(args.num_tokens):
+        i = rng.randrange(len(responses))
+        t = rng.randrange(len(responses[i]))
+        y = [responses[i][: t + 1]]  # what comes later plays no part
+        only = [torch.eye(t + 1, dtype=torch.float64)[t]]
+        g1 = common.batch_gradient(policy, [[bos]], y, only, args, device)
+        g2 = common.batch_gradient(policy, [prompts[i]], y, only, args, device)
+        rows.append(
+            {
+                "rollout": i,
+                "position": t,
+                "prob_bos": float(np.exp(logps["bos"][i][t])),
+                "prob_x": float(np.exp(logps["x"][i][t])),
+                "cosine": common.cosine(g1, g2),
+                "norm_bos": common.dot(g1, g1) ** 0.5,
+                "norm_x": common.dot(g2, g2) ** 0.5,
+            }
+        )
+    return rows
+
+
+def summary(rollouts: list[dict]) -> dict:
+    """The figures of the paper's figure 2, over all rollouts and split by reward."""
+    groups = {
+        "all": rollouts,
+        "right": [r for r in rollouts if r["reward"] == 1],
+        "wrong": [r for r in rollouts if r["reward"] != 1],
+    }
+    result = {}
+    for name, rows in groups.items():
+        if rows:
+            inner = np.array([r["inner_product"] for r in rows])
+            result[name] = {
+                "rollouts": len(rows),
+                "inner_product_mean": inner.mean(),
+                "inner_product_max": inner.max(),
+                "inner_product_min": inner.min(),
+                "share_negative": float((inner < 0).mean()),
+                "cosine_mean": np.mean([r["cosine"] for r in rows]),
+                "logprob_difference_mean": np.mean(
+                    [r["logprob_x"] - r["logprob_bos"] for r in rows]
+                ),
+            }
+    return result
+
+
+def report(result: dict) -> str:
+    """The console's table."""
+    summaries = result["summary"]
+    lines = [f"{'':28}" + "".join(f"{name:>12}" for name in summaries)]
+    for key in summaries["all"]:
+        values = (summaries[name][key] for name in summaries)
+        lines.append(f"{key:28}" + "".join(f"{value:12.4g}" for value in values))
+    for name, value in result["cosine_to_grpo"].items():
+        lines.append(f"cosine of the batch's {name} update with GRPO's: {value:.3f}")
+    ratios = [step["ratio"] for step in result["finite_steps"]]
+    if ratios:
+        lines.append(
+            f"log π(y|x) after a step along g₁, measured / predicted, {len(ratios)} rollouts: "
+            f"mean {np.mean(ratios):.3f}, from {min(ratios):.3f} to {max(ratios):.3f}"
+        )
+    return "\n".join(lines)
+
+
+def short_name(model: str) -> str:
+    """The last two parts of a path or hub id.
+
+    >>> short_name("/home/me/lab/base"), short_name("Qwen/Qwen3-4B")
+    ('lab/base', 'Qwen/Qwen3-4B')
+    """
+    return "/".join(model.rstrip("/").split("/")[-2:])
+
+
+def draw(result: dict, path: Path) -> None:
+    """alignment.png: inner products, cosine against probability, cosine over position."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    blue, orange, grey = "#0072B2", "#D55E00", "#555555"  # told apart by colour-blind readers too
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
+    rows, all_ = result["rollouts"], result["summary"]["all"]
+    inner = [[r["inner_product"] for r in rows if (r["reward"] == 1) == k] for k in (True, False)]
+    labels = [f"right ({len(inner[0])})", f"wrong ({len(inner[1])})"]
+    axes[0].hist(inner, bins=30, stacked=True, color=[blue, orange], label=labels)
+    axes[0].axvline(0, color=grey, linewidth=1)
+    axes[0].set_title(
+        f"⟨g₁, g₂⟩: mean {all_['inner_product_mean']:.3g}, negative {all_['share_negative']:.1%}"
+    )
+    axes[0].set_xlabel("inner product of ∇ log π(y) and ∇ log π(y|x)")
+    axes[0].set_ylabel("rollouts")
+    axes[0].legend()
+
+    tokens = result["tokens"]
+    cosine = np.array([t["cosine"] for t in tokens])
+    position = np.array([t["position"] for t in tokens])
+    for key, colour, label in (("prob_bos", orange, "BOS"), ("prob_x", blue, "x")):
+        probability = [t[key] for t in tokens]
+        style = dict(s=14, color=colour, alpha=0.5, linewidths=0)
+        axes[1].scatter(probability, cosine, **style, label=f"π(y_t | {label}, y_<t)")
+    axes[1].set_title(f"single tokens ({len(tokens)}): against probability")
+    axes[1].set_xlabel("the token's probability")
+    axes[1].legend(loc="lower center")
+    axes[1].set_ylabel("cosine of the token's two gradients")
+
+    axes[2].scatter(position, cosine, s=14, color=blue, alpha=0.3, linewidths=0)
+    edges = np.unique(np.quantile(position, np.linspace(0, 1, 9))) if len(tokens) else []
+    middles, means = [], []
+    for low, high in zip(edges, edges[1:]):
+        inside = (position >= low) & ((position < high) | (high == edges[-1]))
+        middles.append(position[inside].mean())
+        means.append(cosine[inside].mean())
+    axes[2].plot(middles, means, color=orange, marker="o", label="mean of an eighth of the tokens")
+    axes[2].set_title("single tokens: over the response")
+    axes[2].set_xlabel("position t in the response (tokens)")
+    axes[2].set_ylabel("cosine of the token's two gradients")
+    axes[2].legend(loc="lower right")
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"Gradient alignment of P(y) and P(y|x): {short_name(result['model'])}")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def tokens_page(result: dict, responses, logps, tokenizer, chosen: list[int]) -> str:
+    """tokens.html: responses whose tokens are coloured by log π(y_t|x, ·) - log π(y_t|BOS, ·)."""
+    parts = []
+    for i in chosen:
+        row, spans = result["rollouts"][i], []
+        for token, x, b in zip(responses[i].tolist(), logps["x"][i], logps["bos"][i]):
+            strength = min(1.0, abs(x - b) / 3)
+            colour = f"rgba({'0,114,178' if x > b else '213,94,0'},{0.75 * strength:.2f})"
+            text = html.escape(tokenizer.decode([token]))
+            tip = f"log π(y_t|x) {x:.3f}&#10;log π(y_t|BOS) {b:.3f}&#10;difference {x - b:+.3f}"
+            spans.append(f'<span style="background:{colour}" title="{tip}">{text}</span>')
+        verdict = "right" if row["reward"] == 1 else "wrong"
+        parts.append(
+            f"<h2>Rollout {i}: {verdict}, {row['length']} tokens, cosine {row['cosine']:.3f}</h2>\n"
+            f"<pre>{''.join(spans)}</pre>"
+        )
+    return PAGE.format(model=html.escape(short_name(result["model"])), body="\n".join(parts))
+
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>What the prompt adds to each token: {model}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
+  color: #111; background: #fff; }}
+h1 {{ font-size: 1.4rem; }}
+h2 {{ font-size: 1rem; margin: 2rem 0 .3rem; }}
+pre {{ font: 15px/1.7 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere;
+  border: 1px solid #ccc; border-radius: 6px; padding: .7rem; margin: 0; }}
+span.key {{ padding: .1rem .4rem; }}
+</style>
+</head>
+<body>
+<h1>What the prompt adds to each token: {model}</h1>
+<p>Responses sampled with the prompt. A token's colour is log π(y_t | x, y_&lt;t) − log π(y_t | BOS,
+y_&lt;t): <span class="key" style="background:rgba(0,114,178,.75)">3 nats likelier with the
+prompt</span> <span class="key">the same</span> <span class="key"
+style="background:rgba(213,94,0,.75)">3 nats likelier without</span>. Hover over a token for both
+values.</p>
+{body}
+</body>
+</html>
+"""
+
+if __name__ == "__main__":
+    common.launch(main, common.parse_args(Args))
