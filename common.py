@@ -197,9 +197,13 @@ def make_output_dir(args) -> Path:
     folder = [args.output_dir or f"runs/{script}__{model}__{data}__s{args.seed}__{when}"]
     dist.broadcast_object_list(folder)
     folder = Path(folder[0])
-    used = any((folder / name).exists() for name in ("metrics.jsonl", "parts", "results.json"))
-    if used and not args.resume:
+    marks = ("metrics.jsonl", "parts", "results.json", "alignment.json")
+    used = any((folder / name).exists() for name in marks)
+    if used and not getattr(args, "resume", False):
         fail(f"{folder} holds another run: give another --output-dir, or --resume to go on with it")
+    if used:
+        refuse_changes(folder, {"script": script, **vars(args)})
+    dist.barrier()
     if dist.get_rank() == 0:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -209,6 +213,27 @@ def make_output_dir(args) -> Path:
             fail(f"the output folder cannot be written: {error}")
     dist.barrier()
     return folder
+
+
+# What --resume may change: how the run is computed and for how long, not what it computes.
+MAY_CHANGE = set(
+    "preset num_steps output_dir resume num_processes tensor_parallel_size gpu_memory_utilization "
+    "max_tokens_per_microbatch gradient_checkpointing cpu_offload save_every eval_every track "
+    "max_logprob_gap alignment_every verify_timeout".split()
+)
+
+
+def refuse_changes(folder: Path, now: dict) -> None:
+    """Refuse to go on with the run in `folder` under flags that would make it another run."""
+    before = json.loads((folder / "args.json").read_text())
+    now = json.loads(json.dumps(now))  # tuples become lists, as in the file
+    changed = [
+        f"--{key.replace('_', '-')} was {before[key]!r}, is now {value!r}"
+        for key, value in now.items()
+        if key in before and key not in MAY_CHANGE and before[key] != value
+    ]
+    if changed:
+        fail(f"--resume cannot go on with {folder}: {'; '.join(changed)}")
 
 
 def quiet(folder: Path):

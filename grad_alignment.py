@@ -116,7 +116,7 @@ def main(args: Args) -> None:
     verifier.stop()
     prompts = [p["prompt_ids"] for p in problems for _ in range(args.num_generations)]  # x
     responses = [s["ids"] for s in samples]  # y
-    rewards = torch.tensor([s["reward"] for s in samples])  # [N]
+    rewards = torch.tensor([s["reward"] for s in samples], dtype=torch.float64)  # [N]
     right = rewards.mean().item()
     say(f"{len(samples)} rollouts, {right:.3f} of them right; now their gradients")
 
@@ -138,8 +138,10 @@ def main(args: Args) -> None:
         table = pyarrow.Table.from_pylist(rows)
         pyarrow.parquet.write_table(table, folder / "rollouts.parquet")
         draw(result, folder / "alignment.png")
-        chosen = range(0, len(responses), max(1, len(responses) // args.num_pages))
-        page = tokens_page(result, responses, logps, tokenizer, list(chosen)[: args.num_pages])
+        half = args.num_pages // 2
+        chosen = (rewards == 1).nonzero()[:half, 0].tolist()  # half of them right, if there are
+        chosen += (rewards != 1).nonzero()[: args.num_pages - len(chosen), 0].tolist()
+        page = tokens_page(result, responses, logps, tokenizer, chosen)
         (folder / "tokens.html").write_text(page)
         say(report(result))
         say(f"alignment.json, alignment.png and tokens.html are in {folder}")

@@ -1,0 +1,152 @@
+"""evaluate.py as a user runs it, its figures against their definitions, and a killed evaluation."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+from test_scripts import AUTHORS, metrics, run
+
+import common
+import thoughts
+from lab import task
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def command(folder: Path, *flags: str) -> list[str]:
+    flags = ["--preset", "lab", "--max-completion-length", "96", *map(str, flags)]
+    return [sys.executable, "evaluate.py", "--output-dir", str(folder), *flags]
+
+
+def evaluate(folder: Path, *flags: str, code: int = 0) -> str:
+    done = subprocess.run(
+        command(folder, *flags), cwd=ROOT, text=True, capture_output=True, timeout=300, check=False
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def results(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    run("grpo_baseline", folder, "--num-steps", "3", "--eval-every", "3")
+    return folder
+
+
+def test_same_numbers_as_in_training(trained, tmp_path):
+    """The exported model gives what training's own evaluation gave, on 1 rank and on 2."""
+    output = evaluate(tmp_path / "one", "--model", trained / "model", "--num-samples", 2)
+    row, result = metrics(trained)[-1], results(tmp_path / "one")["lab"]
+    for key in "avg@2 pass@2 length truncated thoughts/reflection thoughts/transition".split():
+        assert row[f"eval/lab/{key}"] == result[key]
+    assert row["eval/lab/avg@2"] != metrics(trained)[0]["eval/lab/avg@2"]
+    assert result["problems"] == 100 and f"{result['avg@2']:.3f}" in output
+    flags = ["--num-processes", 2, "--model", trained / "model", "--num-samples", 2]
+    evaluate(tmp_path / "two", *flags)
+    assert results(tmp_path / "two")["lab"] == pytest.approx(result)
+
+    table = pyarrow.parquet.read_table(tmp_path / "one" / "completions.parquet").to_pylist()
+    assert len(table) == 200
+    assert np.mean([r["reward"] for r in table]) == pytest.approx(result["avg@2"])
+    assert {(r["problem"], r["sample"]) for r in table} == set(
+        itertools.product(range(100), (0, 1))
+    )
+
+
+def test_killed_and_resumed(tmp_path):
+    """Killed after some parts: what was finished is not generated again, the result is equal."""
+    data = tmp_path / "problems.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in task.problems("test")[:20]))
+    flags = ["--datasets", data, "--num-samples", 256]  # 4 problems in a part
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(
+            command(tmp_path / "cut", *flags), cwd=ROOT, stdout=log, stderr=log,
+            start_new_session=True,
+        )  # fmt: skip
+        parts = tmp_path / "cut" / "parts"
+        deadline = time.monotonic() + 200
+        while len(list(parts.glob("*.parquet"))) < 2:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    finished = {part: part.stat().st_mtime_ns for part in parts.glob("*.parquet")}
+    assert 2 <= len(finished) < 5 and not (tmp_path / "cut" / "results.json").exists()
+
+    assert "holds another run" in evaluate(tmp_path / "cut", *flags, code=2)
+    refused = evaluate(tmp_path / "cut", *flags, "--resume", "--seed", 2, code=2)
+    assert "--seed was 1, is now 2" in refused
+    evaluate(tmp_path / "cut", *flags, "--resume")
+    assert len(list(parts.glob("*.parquet"))) == 5
+    assert all(part.stat().st_mtime_ns == when for part, when in finished.items())
+    evaluate(tmp_path / "whole", *flags)
+    assert results(tmp_path / "cut") == results(tmp_path / "whole")
+
+
+def test_repeated_problems_count_once(tmp_path):
+    data = tmp_path / "twice.jsonl"
+    rows = [{"problem": f"Q {v}#3 A", "answer": "01"} for v in (12, 34, 12, 34, 56)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    evaluate(tmp_path / "out", "--datasets", data, "--num-samples", 3)
+    assert results(tmp_path / "out")["twice"]["problems"] == 3
+    assert set(results(tmp_path / "out")["twice"]) >= {"pass@1", "pass@2", "pass@3", "avg@3"}
+
+
+@pytest.mark.skipif(not AUTHORS.is_dir(), reason="the authors' parquet files are not here")
+def test_authors_sets_are_folded():
+    sizes = {"aime_2024": 30, "aime_2025": 30, "amc2023": 40}
+    for name, size in sizes.items():
+        assert len(common.load_problems(str(AUTHORS / f"{name}_20times.parquet"), "test")) == size
+
+
+def test_summary_against_definitions():
+    """pass@m by enumerating every choice of m samples; the standard error by hand."""
+    rng = np.random.default_rng(0)
+    right = rng.integers(0, 2, (7, 5)) * rng.integers(0, 2, (7, 1))
+    texts = ["Wait, no.", "Alternatively, 5.", "7"]
+    samples = [
+        dict(
+            reward=float(r),
+            length=3 + i,
+            truncated=i % 7 == 0,
+            thoughts=thoughts.count(texts[i % 3]),
+        )
+        for i, r in enumerate(right.flatten())
+    ]
+    result = common.summarize(samples, 5)
+    for m in (1, 2, 4, 5):
+        chosen = [any(row[list(c)]) for row in right for c in itertools.combinations(range(5), m)]
+        assert result[f"pass@{m}"] == pytest.approx(np.mean(chosen))
+    assert result["avg@5"] == pytest.approx(right.mean()) == result["pass@1"]
+    p = right.mean(1)
+    expected = (sum((p - p.mean()) ** 2) / 6 / 7) ** 0.5
+    assert result["standard_error"] == pytest.approx(expected)
+    assert result["length"] == pytest.approx(3 + 17) and result["truncated"] == pytest.approx(1 / 7)
+    assert result["thoughts/reflection"] == pytest.approx(12 / 35)
+    assert result["thoughts/transition_per_1k_tokens"] == pytest.approx(12000 / (35 * 20))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--model nosuchmodel", "--model nosuchmodel"),
+        ("--datasets nosuch.jsonl", "data set nosuch.jsonl cannot be loaded"),
+        ("--num-samples 0", "--num-samples must be positive"),
+    ],
+)
+def test_bad_input(tmp_path, flags, message):
+    output = evaluate(tmp_path, *flags.split(), code=2)
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and message in errors[0], output
