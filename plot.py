@@ -1,0 +1,301 @@
+"""Curves and a table of one or more runs.
+
+    python plot.py runs/a runs/b runs/c --output curves.png
+
+Runs of the same script and flags, but for the seed, form a method: its curve is the mean over its
+seeds, with a 95% band (Student's t) where there are two or more. A dashed line marks DSRL's switch.
+
+The table has for each method the final and the best held-out accuracy (avg@k, the mean over the
+evaluation sets), the steps and seconds to reach given accuracies (on the mean curve, interpolated
+between evaluations), the ratio of these steps to GRPO's, and the multiples of reflection and
+transition thoughts at --at-step against the start (the paper reports 6.54 and 14.89 at step 20).
+"""
+
+import csv
+import json
+import math
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+
+import tyro
+
+NAMES = {"grpo_baseline": "GRPO", "prerl": "PreRL", "nsr_prerl": "NSR-PreRL", "dsrl": "DSRL"}
+SHORT = {"warmup_steps": "S", "learning_rate": "lr"}
+# Flags that make no other method: where and how long it runs, and what it writes.
+IGNORED = set(
+    "script preset seed output_dir resume num_steps eval_every save_every track num_processes "
+    "tensor_parallel_size gpu_memory_utilization max_tokens_per_microbatch gradient_checkpointing "
+    "cpu_offload max_logprob_gap alignment_every verify_timeout".split()
+)
+# Okabe and Ito's colours, told apart by colour-blind readers, and a line style for print.
+COLOURS = ["#000000", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#8C8C00"]
+STYLES = ["-", "--", "-.", ":"]
+PANELS = [  # key, title, unit
+    ("reward/mean", "Training reward", "share right"),
+    ("completion/length", "Response length", "tokens"),
+    ("policy/entropy", "Entropy of π(·|x)", "nats per token"),
+    ("thoughts/reflection", "Reflection thoughts", "per response"),
+    ("thoughts/transition", "Transition thoughts", "per response"),
+    ("sync/logprob_gap", "Sync gap |trainer − sampler|", "nats per token"),
+    ("time/step", "Time per step", "seconds"),
+]
+# 97.5% quantiles of Student's t for 1 to 10 degrees of freedom.
+T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228]
+
+
+@dataclass
+class Args:
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """folders of runs"""
+    output: Path = Path("curves.png")
+    """the picture"""
+    csv: Path | None = None
+    """write the table here too"""
+    thresholds: tuple[float, ...] = ()
+    """accuracies to reach; default 50, 80 and 95% of the best of GRPO (else of all methods)"""
+    at_step: int = 20
+    """step of the thoughts' multiples (paper: 20)"""
+
+
+def fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def read_run(folder: Path) -> tuple[dict, list[dict]]:
+    """args.json and the lines of metrics.jsonl."""
+    folder = Path(folder)
+    for name in ("args.json", "metrics.jsonl"):
+        if not (folder / name).is_file():
+            fail(f"{folder} is not the folder of a run: it has no {name}")
+    try:
+        args = json.loads((folder / "args.json").read_text())
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+    except json.JSONDecodeError as error:
+        fail(f"{folder}: broken JSON in args.json or metrics.jsonl ({error})")
+    if not rows:
+        fail(f"{folder}: metrics.jsonl is empty, no step has ended yet")
+    args.setdefault("script", folder.resolve().name.split("__")[0])
+    return args, rows
+
+
+def group_runs(runs: list[tuple[dict, list]]) -> dict[str, list[tuple[dict, list]]]:
+    """Runs by method: the script's name and the flags in which its runs differ."""
+    groups = {}
+    for args, rows in runs:
+        peers = [other for other, _ in runs if other["script"] == args["script"]]
+        label = NAMES.get(args["script"], args["script"])
+        for flag, value in args.items():
+            if flag not in IGNORED and any(other.get(flag) != value for other in peers):
+                label += f", {SHORT.get(flag, flag.replace('_', '-'))} {short(value)}"
+        groups.setdefault(label, []).append((args, rows))
+    return groups
+
+
+def short(value) -> str:
+    return value.rstrip("/").split("/")[-1] if isinstance(value, str) else f"{value}"
+
+
+def curve(group: list, pick) -> list[tuple[float, float, float]]:
+    """(step, mean over seeds, half-width of the 95% band) of pick(row), where it is a number."""
+    values = {}
+    for _, rows in group:
+        for row in rows:
+            value = pick(row)
+            if value is not None and math.isfinite(value):
+                values.setdefault(row["step"], []).append(value)
+    return [(step, mean(v), half_width(v)) for step, v in sorted(values.items())]
+
+
+def half_width(values: list[float]) -> float:
+    """Of the 95% interval of the mean; 0 for a single value.
+
+    >>> round(half_width([1.0, 2.0, 3.0]), 3)
+    2.484
+    """
+    n = len(values)
+    if n < 2:
+        return 0.0
+    t = T[n - 2] if n - 2 < len(T) else 1.96 + 2.37 / (n - 1)  # to 1% from 11 degrees on
+    return t * stdev(values) / n**0.5
+
+
+def accuracy(row: dict) -> float | None:
+    """Mean of avg@k over the evaluation sets."""
+    values = [value for key, value in row.items() if re.fullmatch(r"eval/.*/avg@\d+", key)]
+    return mean(values) if values and None not in values else None
+
+
+def reached(points: list[tuple], threshold: float) -> float | None:
+    """The first step at which the curve, straight between its points, is at the threshold.
+
+    >>> reached([(0, 0.2, 0), (10, 0.4, 0), (20, 0.8, 0)], 0.5)
+    12.5
+    """
+    for i, (step, value, *_) in enumerate(points):
+        if value >= threshold:
+            if i == 0:
+                return float(step)
+            step0, value0 = points[i - 1][:2]
+            return step0 + (step - step0) * (threshold - value0) / (value - value0)
+    return None
+
+
+def seconds_to(group: list, step: float) -> float:
+    """Mean over seeds of the time of the steps up to `step`, a part step counted in part."""
+    totals = []
+    for _, rows in group:
+        times = [(row["step"], row["time/step"]) for row in rows if row.get("time/step")]
+        totals.append(sum(t * min(1.0, max(0.0, step - (s - 1))) for s, t in times))
+    return mean(totals)
+
+
+def multiple(group: list, kind: str, at_step: int) -> float | None:
+    """Thoughts of a kind at the step nearest to `at_step`, against the start.
+
+    From the evaluations if there are some (start: step 0), else from the training samples (start:
+    step 1, which the untouched model has written).
+    """
+
+    def on_eval(row):
+        values = [v for k, v in row.items() if k.startswith("eval/") and k.endswith(kind)]
+        return mean(values) if values else None
+
+    points = curve(group, on_eval) or curve(group, lambda row: row.get(kind))
+    if not points or not points[0][1]:
+        return None
+    return min(points, key=lambda p: abs(p[0] - at_step))[1] / points[0][1]
+
+
+def table(groups: dict, thresholds: tuple[float, ...], at_step: int) -> list[list[str]]:
+    """Header and one row a method."""
+    curves = {label: curve(group, accuracy) for label, group in groups.items()}
+    base = next((label for label in groups if label.split(",")[0] == "GRPO"), None)
+    best = [max(p[1] for p in curves[label]) for label in groups if curves[label]]
+    if not thresholds and best:
+        top = max(p[1] for p in curves[base]) if base and curves[base] else max(best)
+        thresholds = tuple(share * top for share in (0.5, 0.8, 0.95))
+    header = ["method", "seeds", "final", "best"]
+    for threshold in thresholds:
+        header += [f"steps to {threshold:.3f}", "seconds", "vs GRPO"]
+    header += [f"reflections at {at_step}", f"transitions at {at_step}"]
+    lines = [header]
+    for label, group in groups.items():
+        points = curves[label]
+        line = [label, str(len(group))]
+        line += (
+            [f"{points[-1][1]:.3f}", f"{max(p[1] for p in points):.3f}"] if points else 2 * ["-"]
+        )
+        for threshold in thresholds:
+            step = reached(points, threshold)
+            other = reached(curves[base], threshold) if base else None
+            line += (
+                ["-", "-"] if step is None else [f"{step:.1f}", f"{seconds_to(group, step):.0f}"]
+            )
+            line.append(f"{step / other:.2f}x" if step and other else "-")
+        for kind in ("thoughts/reflection", "thoughts/transition"):
+            times = multiple(group, kind, at_step)
+            line.append("-" if times is None else f"{times:.2f}x")
+        lines.append(line)
+    return lines
+
+
+def draw_panels(groups: dict, output: Path) -> None:
+    """One panel for each metric that the runs have."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    keys = {key for group in groups.values() for _, rows in group for row in rows for key in row}
+    evals = sorted(k for k in keys if re.fullmatch(r"eval/.*/(avg|pass)@\d+", k))
+    panels = [(k, f"Held-out {k.split('/')[-1]}: {k.split('/')[1]}", "share right") for k in evals]
+    panels += [panel for panel in PANELS if panel[0] in keys]
+    columns = 3
+    lines = math.ceil(len(panels) / columns)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(14, 3.3 * lines), layout="constrained", squeeze=False
+    )
+    handles = {}
+    for axis, (key, title, unit) in zip(axes.flat, panels):
+        for i, (label, group) in enumerate(groups.items()):
+            points = curve(group, lambda row: row.get(key))
+            if not points:
+                continue
+            colour, style = COLOURS[i % 8], STYLES[(i // 8 + i) % 4]
+            steps, middle, half = zip(*points)
+            marker = "o" if key.startswith("eval/") else None
+            (handles[label],) = axis.plot(
+                steps, middle, color=colour, linestyle=style, marker=marker, markersize=4, lw=1.6
+            )
+            low, high = ([m + sign * h for m, h in zip(middle, half)] for sign in (-1, 1))
+            axis.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+            args = group[0][0]
+            if args["script"] == "dsrl" and max(steps) > args["warmup_steps"]:
+                axis.axvline(args["warmup_steps"], color=colour, linestyle=(0, (2, 3)), lw=1)
+                axis.annotate(
+                    f"S = {args['warmup_steps']}",
+                    (args["warmup_steps"], 1),
+                    xycoords=("data", "axes fraction"),
+                    xytext=(3, -9),
+                    textcoords="offset points",
+                    fontsize=8,
+                    color=colour,
+                )
+        if key == "sync/logprob_gap":
+            axis.set_yscale("log")
+        axis.set_title(title)
+        axis.set_xlabel("step")
+        axis.set_ylabel(unit)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    names = [f"{label} ({len(groups[label])} seeds)" for label in handles]
+    names = [name.replace("(1 seeds)", "(1 seed)") for name in names]
+    figure.legend(
+        handles.values(), names, loc="outside upper center", ncols=min(4, len(names)), frameon=False
+    )
+    figure.savefig(output, dpi=100)
+    plt.close(figure)
+
+
+def draw(folders: list[Path], output: Path, thresholds=(), at_step: int = 20) -> list[list[str]]:
+    """Draw the runs to `output`. Returns the table, header first."""
+    groups = group_runs([read_run(folder) for folder in folders])
+    order = list(NAMES.values())  # the scripts' order, whichever way the folders came
+    rank = {name: i for i, name in enumerate(order)}
+    groups = dict(sorted(groups.items(), key=lambda item: rank.get(item[0].split(",")[0], 9)))
+    draw_panels(groups, output)
+    return table(groups, thresholds, at_step)
+
+
+def aligned(lines: list[list[str]]) -> str:
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(
+            f"{cell:{'<' if i == 0 else '>'}{w}}" for i, (cell, w) in enumerate(zip(line, widths))
+        )
+        for line in lines
+    )
+
+
+def main(args: Args) -> None:
+    if not args.runs:
+        fail("give the folder of at least one run")
+    if not args.output.parent.is_dir():
+        fail(f"--output {args.output}: there is no folder {args.output.parent}")
+    lines = draw(list(args.runs), args.output, args.thresholds, args.at_step)
+    print(aligned(lines))
+    print(f"curves in {args.output}")
+    if args.csv:
+        with open(args.csv, "w", newline="") as file:
+            csv.writer(file).writerows(lines)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
