@@ -1264,7 +1264,7 @@ def progress_line(metrics: dict, num_steps: int) -> str:
         f"{metrics['time/step']:.1f} s",
         eval_line(metrics),
     ]
-    return "  ".join(parts)
+    return "  ".join(part for part in parts if part)
 
 
 def eval_line(metrics: dict) -> str:
@@ -1274,9 +1274,12 @@ def eval_line(metrics: dict) -> str:
 
 
 def say_summary(folder: Path, say) -> None:
-    """The run's evaluations before and after, and where its outputs are."""
+    """The run's evaluations before and after, its curves, and where its outputs are."""
     if dist.get_rank() != 0:
         return
+    import plot
+
+    plot.draw([folder], folder / "curves.png")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     evals = [row for row in rows if any(key.startswith("eval/") for key in row)]
     say()
@@ -1290,4 +1293,4 @@ def say_summary(folder: Path, say) -> None:
             say(f"{key.removeprefix('eval/'):34} {first[key]:9.3f} {last[key]:9.3f} {ratio}")
     seconds = sum(row.get("time/step", 0.0) for row in rows)
     say(f"{len(rows)} lines of metrics, {seconds:.0f} s of steps")
-    say(f"model {folder / 'model'}, metrics {folder / 'metrics.jsonl'}, curves: TensorBoard")
+    say(f"metrics.jsonl, curves.png, completions and the final model/ are in {folder}")

@@ -328,7 +328,7 @@ def draw(result: dict, path: Path) -> None:
         axes[1].scatter(probability, cosine, **style, label=f"π(y_t | {label}, y_<t)")
     axes[1].set_title(f"single tokens ({len(tokens)}): against probability")
     axes[1].set_xlabel("the token's probability")
-    axes[1].legend(loc="lower center")
+    axes[1].legend(loc="best")
     axes[1].set_ylabel("cosine of the token's two gradients")
 
     axes[2].scatter(position, cosine, s=14, color=blue, alpha=0.3, linewidths=0)

@@ -3,7 +3,8 @@
     python plot.py runs/a runs/b runs/c --output curves.png
 
 Runs of the same script and flags, but for the seed, form a method: its curve is the mean over its
-seeds, with a 95% band (Student's t) where there are two or more. A dashed line marks DSRL's switch.
+seeds, with a 95% band (Student's t) where there are two or more; a panel's axis fits the curves and
+may cut bands. A dashed line marks DSRL's switch.
 
 The table has for each method the final and the best held-out accuracy (avg@k, the mean over the
 evaluation sets), the steps and seconds to reach given accuracies (on the mean curve, interpolated
@@ -120,7 +121,7 @@ def half_width(values: list[float]) -> float:
     n = len(values)
     if n < 2:
         return 0.0
-    t = T[n - 2] if n - 2 < len(T) else 1.96 + 2.37 / (n - 1)  # to 1% from 11 degrees on
+    t = T[n - 2] if n - 2 < len(T) else 1.96 + 2.6 / (n - 1)  # to 1% from 11 degrees on
     return t * stdev(values) / n**0.5
 
 
@@ -222,6 +223,7 @@ def draw_panels(groups: dict, output: Path) -> None:
     )
     handles = {}
     for axis, (key, title, unit) in zip(axes.flat, panels):
+        bands = []
         for i, (label, group) in enumerate(groups.items()):
             points = curve(group, lambda row: row.get(key))
             if not points:
@@ -232,8 +234,7 @@ def draw_panels(groups: dict, output: Path) -> None:
             (handles[label],) = axis.plot(
                 steps, middle, color=colour, linestyle=style, marker=marker, markersize=4, lw=1.6
             )
-            low, high = ([m + sign * h for m, h in zip(middle, half)] for sign in (-1, 1))
-            axis.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+            bands.append((steps, middle, half, colour))
             args = group[0][0]
             if args["script"] == "dsrl" and max(steps) > args["warmup_steps"]:
                 axis.axvline(args["warmup_steps"], color=colour, linestyle=(0, (2, 3)), lw=1)
@@ -248,6 +249,11 @@ def draw_panels(groups: dict, output: Path) -> None:
                 )
         if key == "sync/logprob_gap":
             axis.set_yscale("log")
+        limits = axis.get_ylim()  # of the curves: the band of two seeds would dwarf them
+        for steps, middle, half, colour in bands:
+            low, high = ([m + sign * h for m, h in zip(middle, half)] for sign in (-1, 1))
+            axis.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+        axis.set_ylim(limits)
         axis.set_title(title)
         axis.set_xlabel("step")
         axis.set_ylabel(unit)

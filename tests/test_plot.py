@@ -1,0 +1,144 @@
+"""plot.py on runs written for it: methods, bands, thresholds and multiples worked out by hand."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from statistics import mean
+
+import pytest
+from matplotlib.image import imread
+
+import plot
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def write_run(folder: Path, script: str, evals: dict, *, seconds=2.0, steps=40, **flags) -> Path:
+    """A run whose reflections grow by 1 a step and whose avg@4 on two sets is as in `evals`."""
+    folder.mkdir()
+    flags = {"script": script, "seed": 1, "num_steps": steps, "learning_rate": 0.1, **flags}
+    if script == "dsrl":
+        flags.setdefault("warmup_steps", 10)
+    (folder / "args.json").write_text(json.dumps(flags))
+    with open(folder / "metrics.jsonl", "w") as file:
+        for step in range(steps + 1):
+            row = {"step": step}
+            if step:
+                row |= {"phase": "rl", "reward/mean": step / 100, "time/step": seconds}
+                row |= {"sync/logprob_gap": 1e-7, "thoughts/reflection": step, "policy/loss": None}
+            if step in evals:
+                row |= {"eval/a/avg@4": evals[step] - 0.1, "eval/b/avg@4": evals[step] + 0.1}
+                row |= {"eval/a/pass@4": 0.9, "eval/a/thoughts/transition": 0.5 + step}
+            file.write(json.dumps(row) + "\n")
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path):
+    curve = {0: 0.2, 20: 0.6, 40: 0.8}
+    slow = {0: 0.2, 20: 0.4, 40: 0.6}
+    return [
+        write_run(tmp_path / "d1", "dsrl", slow, seed=1),
+        write_run(tmp_path / "d2", "dsrl", slow, seed=2, num_processes=2),
+        write_run(tmp_path / "d5", "dsrl", {0: 0.2, 40: 0.3}, warmup_steps=5),
+        write_run(tmp_path / "g1", "grpo_baseline", curve, seed=1),
+        write_run(tmp_path / "g2", "grpo_baseline", {k: v + 0.1 for k, v in curve.items()}, seed=2),
+    ]
+
+
+def test_methods(runs):
+    groups = plot.group_runs([plot.read_run(folder) for folder in runs])
+    assert {label: len(group) for label, group in groups.items()} == {
+        "DSRL, S 10": 2,
+        "DSRL, S 5": 1,
+        "GRPO": 2,
+    }
+
+
+def test_bands(runs):
+    groups = plot.group_runs([plot.read_run(folder) for folder in runs])
+    points = plot.curve(groups["GRPO"], plot.accuracy)
+    assert [step for step, *_ in points] == [0, 20, 40]
+    # Of 0.6 and 0.7: mean 0.65, standard error 0.05, t(0.975, 1) = tan(0.475 pi) = 12.706
+    assert points[1][1] == pytest.approx(0.65)
+    assert points[1][2] == pytest.approx(0.05 * math.tan(0.475 * math.pi), rel=1e-4)
+    assert plot.curve(groups["DSRL, S 5"], plot.accuracy)[0][2] == 0
+    # The t quantile of df 2 has the closed form (2p - 1) / sqrt(2 p (1 - p)).
+    t2 = 0.95 / math.sqrt(2 * 0.975 * 0.025)
+    assert plot.half_width([1.0, 2.0, 4.5]) == pytest.approx(
+        t2 * math.sqrt(((-1.5) ** 2 + 0.25 + 4) / 2 / 3), rel=1e-4
+    )
+
+
+def test_table(runs, tmp_path):
+    lines = plot.draw(runs, tmp_path / "curves.png", (0.55, 0.7), at_step=20)
+    header, *rows = lines
+    assert [row[0] for row in rows] == ["GRPO", "DSRL, S 10", "DSRL, S 5"]
+    grpo, dsrl, five = (dict(zip(header[:5], row[:5])) for row in rows)
+    assert grpo["seeds"] == dsrl["seeds"] == "2" and five["seeds"] == "1"
+    assert grpo["final"] == grpo["best"] == "0.850" and dsrl["final"] == "0.600"
+    # GRPO's mean: .25 at 0, .65 at 20, so .55 at 15; DSRL's: .4 at 20, .6 at 40, so .55 at 35.
+    assert rows[0][4:7] == ["15.0", "30", "1.00x"]
+    assert rows[1][4:7] == ["35.0", "70", f"{35 / 15:.2f}x"]
+    assert rows[2][4:7] == ["-", "-", "-"]
+    assert rows[1][7:10] == ["-", "-", "-"]
+    # Reflections only in training: 20 at step 20 against 1; transitions in evaluations, from .5.
+    assert rows[0][10:] == ["20.00x", "41.00x"]
+    assert imread(tmp_path / "curves.png").shape[1] >= 1200
+
+
+def test_default_thresholds_are_shares_of_grpo(runs, tmp_path):
+    header = plot.draw(runs, tmp_path / "curves.png")[0]
+    wanted = [f"steps to {share * 0.85:.3f}" for share in (0.5, 0.8, 0.95)]
+    assert [title for title in header if title.startswith("steps")] == wanted
+
+
+def test_many_seeds():
+    """From 11 degrees of freedom on the quantile is a formula: within 1% of the true one."""
+    for n, t in ((12, 2.201), (120, 1.980)):
+        values = [float(i) for i in range(n)]
+        deviation = (sum((v - mean(values)) ** 2 for v in values) / (n - 1)) ** 0.5
+        assert plot.half_width(values) == pytest.approx(t * deviation / n**0.5, rel=0.01)
+
+
+def test_switch_is_marked(runs, tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    texts = []
+    save = Figure.savefig
+
+    def look(figure, *args, **kwargs):
+        texts.extend(t.get_text() for axis in figure.axes for t in axis.texts)
+        save(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", look)
+    plot.draw(runs, tmp_path / "curves.png")
+    assert {"S = 10", "S = 5"} == set(texts)
+
+
+def test_as_a_command(runs, tmp_path):
+    command = [sys.executable, "plot.py", *map(str, runs), "--output", str(tmp_path / "c.png")]
+    command += ["--csv", str(tmp_path / "c.csv")]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "DSRL, S 10" in done.stdout and len((tmp_path / "c.csv").read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda run: (run / "args.json").unlink(), "has no args.json"),
+        (lambda run: (run / "metrics.jsonl").unlink(), "has no metrics.jsonl"),
+        (lambda run: (run / "metrics.jsonl").write_text(""), "is empty"),
+        (lambda run: (run / "metrics.jsonl").write_text('{"step": '), "broken JSON"),
+        (lambda run: run.rename(run.parent / "gone"), "is not the folder of a run"),
+    ],
+)
+def test_bad_input(runs, tmp_path, damage, message):
+    damage(runs[0])
+    command = [sys.executable, "plot.py", str(runs[0]), "--output", str(tmp_path / "c.png")]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ") and message in done.stderr
