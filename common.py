@@ -11,10 +11,8 @@ import functools
 import json
 import logging
 import math
-import multiprocessing
 import os
 import random
-import re
 import resource
 import shutil
 import sys
@@ -28,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+import grading
 import thoughts
 
 HERE = Path(__file__).resolve().parent
@@ -358,6 +357,7 @@ def load_problems(name: str, split: str) -> list[dict]:
     else:
         import datasets
 
+        datasets.disable_progress_bars()
         try:
             if name.endswith((".parquet", ".jsonl")):
                 kind = "json" if name.endswith(".jsonl") else "parquet"
@@ -367,20 +367,24 @@ def load_problems(name: str, split: str) -> list[dict]:
                 rows = datasets.load_dataset(hub_id, split=split)
         except Exception as error:
             fail(f"data set {name} cannot be loaded: {str(error).splitlines()[0]}")
-    problems = {}
+    problems, unanswered = {}, 0
     for row in rows:
         problem = next((row[k] for k in ("problem", "question", "prompt") if row.get(k)), None)
         answer = row.get("answer") or (row.get("reward_model") or {}).get("ground_truth")
-        answer = answer or last_boxed(row.get("solution") or "")
+        answer = answer or grading.last_boxed(row.get("solution") or "")
         if isinstance(answer, list):  # OlympiadBench
             answer = answer[0]
-        if problem and answer not in (None, ""):
+        if not problem or answer in (None, ""):
+            unanswered += 1
+        else:
             problems.setdefault(str(problem), {"problem": problem, "answer": str(answer)})
     if not problems:
         fail(
             f"data set {name}: no row has a problem (column problem, question or prompt) and an "
             "answer (column answer, solution or reward_model.ground_truth)"
         )
+    if unanswered:
+        announce(f"data set {name}: {unanswered} rows without problem or answer are left out")
     return list(problems.values())
 
 
@@ -579,89 +583,26 @@ def gather(samples: list[dict]) -> list[dict]:
 # --------------------------------------------------------------------------------- verification
 
 
-def last_boxed(text: str) -> str | None:
-    r"""The content of the last \boxed{...} whose braces close, None if there is none.
+def check_golds(name: str, problems: list[dict], pool, args) -> list[dict]:
+    """Leave out the problems whose gold answer the grader cannot read; every rank checks its part.
 
-    >>> last_boxed(r"\boxed{1} so \boxed{\frac{1}{2}}"), last_boxed(r"\boxed{1")
-    ('\\frac{1}{2}', None)
+    Refuses a data set with more of them than --max-bad-gold: against such golds every answer, right
+    or wrong, would score 0.
     """
-    found, opened = None, []  # opened: where each open brace's content starts, or None
-    for match in re.finditer(r"\\boxed\{|\{|\}", text):
-        if match[0] != "}":
-            opened.append(match.end() if match[0] != "{" else None)
-        elif opened:
-            start = opened.pop()
-            if start is not None and (found is None or start > found[0]):
-                found = start, match.start()
-    return text[found[0] : found[1]].strip() if found else None
-
-
-def limit_memory() -> None:
-    """A verifier process may take 4 GiB of address space more than it has at the start."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + (4 << 30)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
-
-
-def start_verifier():
-    """Processes that judge answers; one that passes its deadline is killed and replaced."""
-    from pebble import ProcessPool
-
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    workers = max(1, min(8, len(os.sched_getaffinity(0)) // local))
-    # Forked from a clean server: never from this process with its engine and threads.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["common", "math_verify"])
-    pool = ProcessPool(max_workers=workers, context=context, initializer=limit_memory)
-    pool.schedule(math_verify_equal, args=("1", "1")).result()
-    return pool
-
-
-def math_verify_equal(answer: str, gold: str) -> bool:
-    """Are two LaTeX answers mathematically equal? Runs in a verifier process."""
-    from math_verify import LatexExtractionConfig, parse, verify
-
-    config = [LatexExtractionConfig(boxed_match_priority=0)]
-    # No time-outs of its own: they need signals. The pool's deadline is the hard one.
-    gold_parsed, answer_parsed = (
-        parse(f"\\boxed{{{text}}}", extraction_config=config, parsing_timeout=None)
-        for text in (gold, answer)
-    )
-    if not gold_parsed or not answer_parsed:
-        return False
-    return bool(verify(gold_parsed, answer_parsed, timeout_seconds=None))
-
-
-def verify(pool, texts: list[str], golds: list[str], args) -> tuple[list[float], int, int]:
-    r"""Reward r ∈ {0, 1} of each response, with the numbers of time-outs and errors.
-
-    Only the content of the last \boxed{} is judged. Equal strings and equal integers need no
-    algebra; the others go to the pool, each distinct pair once.
-    """
-    pairs = [(last_boxed(text), gold.strip()) for text, gold in zip(texts, golds)]
-    verdicts, futures = {}, {}
-    for answer, gold in set(pairs):
-        if answer is None or len(answer) > 1000:
-            verdicts[answer, gold] = False
-        elif answer == gold or args.grader == "boxed-string":
-            verdicts[answer, gold] = answer == gold
-        elif re.fullmatch(r"-?[0-9]{1,15}", answer) and re.fullmatch(r"-?[0-9]{1,15}", gold):
-            verdicts[answer, gold] = int(answer) == int(gold)
-        else:
-            futures[answer, gold] = pool.schedule(
-                math_verify_equal, args=(answer, gold), timeout=args.verify_timeout
-            )
-    timeouts = errors = 0
-    for pair, future in futures.items():
-        verdicts[pair] = False
-        try:
-            verdicts[pair] = future.result()
-        except TimeoutError:
-            timeouts += 1
-        except Exception:
-            errors += 1
-    return [float(verdicts[pair]) for pair in pairs], timeouts, errors
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    golds = [p["answer"] for p in problems]
+    found = [None] * world_size
+    dist.all_gather_object(found, grading.bad_golds(pool, golds[rank::world_size], args))
+    bad = {rank + world_size * i for rank, part in enumerate(found) for i in part}
+    if not bad:
+        return problems
+    shown = "; ".join(f"row {problems[i]['id']}: {golds[i][:60]!r}" for i in sorted(bad)[:5])
+    more = f"; and {len(bad) - 5} more" if len(bad) > 5 else ""
+    message = f"{name}: {len(bad)} of {len(problems)} gold answers cannot be read ({shown}{more})"
+    if len(bad) > args.max_bad_gold * len(problems):
+        fail(f"data set {message}: more than --max-bad-gold {args.max_bad_gold:g}")
+    announce(f"{message}: left out")
+    return [p for i, p in enumerate(problems) if i not in bad]
 
 
 def judge(samples: list[dict], golds: list[str], tokenizer, pool, args) -> dict:
@@ -675,7 +616,7 @@ def judge(samples: list[dict], golds: list[str], tokenizer, pool, args) -> dict:
     """
     texts = tokenizer.batch_decode([s["ids"] for s in samples], skip_special_tokens=True)
     answers = [golds[s["index"]] for s in samples]
-    rewards, timeouts, errors = verify(pool, texts, answers, args)
+    rewards, timeouts, errors = grading.verify(pool, texts, answers, args)
     for sample, text, reward in zip(samples, texts, rewards):
         sample["reward"] = 0.0 if sample["truncated"] else reward
         sample["text"], sample["length"] = text, len(sample["ids"])

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 import common
+import grading
 
 
 @dataclass
@@ -56,6 +57,8 @@ class Args:
     """mathematical equality of the last box, or the authors' exact string match"""
     verify_timeout: float = 5.0
     """seconds for one answer; after that it scores 0"""
+    max_bad_gold: float = 0.01
+    """share of gold answers that the grader may fail to read (left out); more is refused"""
     mask_truncated: bool = False
     """leave truncated responses out of the update (paper: they count as wrong)"""
 
@@ -145,13 +148,15 @@ def main(args: Args) -> None:
     common.fit_context(args, config)
     train = common.encode_prompts(train, tokenizer, args, args.num_prompts)
     evals = {name: common.encode_prompts(e, tokenizer, args, 1) for name, e in evals.items()}
+    verifier = grading.start_verifier()
+    train = common.check_golds(args.dataset, train, verifier, args)
+    evals = {name: common.check_golds(name, e, verifier, args) for name, e in evals.items()}
     folder = common.make_output_dir(args)
     say = common.quiet(folder)
     say(f"{args.model}: {len(train)} problems, {world_size} ranks, output in {folder}")
     say(f"the pre-train space's context is token {bos}, {tokenizer.convert_ids_to_tokens(bos)!r}")
 
     dtype = getattr(torch, args.dtype)
-    verifier = common.start_verifier()
     engine = common.make_engine(path, tokenizer, args)
     policy = common.load_policy(path, config, tokenizer, args, device)
     optimizer = common.make_optimizer(policy, args)

@@ -18,6 +18,7 @@ import pyarrow.parquet
 import torch.distributed as dist
 
 import common
+import grading
 import thoughts
 
 
@@ -52,6 +53,8 @@ class Args:
     """mathematical equality of the last box, or the authors' exact string match"""
     verify_timeout: float = 5.0
     """seconds for one answer; after that it scores 0"""
+    max_bad_gold: float = 0.01
+    """share of gold answers that the grader may fail to read (left out); more is refused"""
 
     num_processes: int = 0
     """0 = one per GPU, or one on a CPU"""
@@ -70,11 +73,12 @@ def main(args: Args) -> None:
     problems = {name: common.load_problems(name, "test") for name in args.datasets}
     common.fit_context(args, config)
     problems = {n: common.encode_prompts(p, tokenizer, args, 1) for n, p in problems.items()}
+    verifier = grading.start_verifier()
+    problems = {n: common.check_golds(n, p, verifier, args) for n, p in problems.items()}
     folder = common.make_output_dir(args)
     say = common.quiet(folder)
     say(f"{args.model} on {world_size} ranks, output in {folder}")
 
-    verifier = common.start_verifier()
     engine = common.make_engine(path, tokenizer, args)
     tied = config.tie_word_embeddings
     common.send_weights(engine, common.read_weights(path), len(tokenizer), tied)

@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 
 import common
+import grading
 
 
 @dataclass
@@ -74,6 +75,8 @@ class Args:
     """mathematical equality of the last box, or the authors' exact string match"""
     verify_timeout: float = 5.0
     """seconds for one answer; after that it scores 0"""
+    max_bad_gold: float = 0.01
+    """share of gold answers that the grader may fail to read (left out); more is refused"""
 
     num_processes: int = 0
     """0 = one per GPU, or one on a CPU"""
@@ -102,11 +105,12 @@ def main(args: Args) -> None:
     wanted = max(1, args.num_rollouts // args.num_generations)
     if wanted < len(problems):
         problems = random.Random(args.seed).sample(problems, wanted)
+    verifier = grading.start_verifier()
+    problems = common.check_golds(args.dataset, problems, verifier, args)
     folder = common.make_output_dir(args)
     say = common.quiet(folder)
     say(f"{args.model}: {len(problems)} problems x {args.num_generations}, output in {folder}")
 
-    verifier = common.start_verifier()
     engine = common.make_engine(path, tokenizer, args)
     policy = common.load_policy(path, config, tokenizer, args, device)
     common.sync_weights(engine, policy, next(policy.parameters()).dtype)

@@ -1,0 +1,75 @@
+"""How the grader does: gold answers against themselves, ordinary answers a second, hostile answers.
+
+    python benchmark/verify.py FILE.parquet ...      prints one JSON line
+
+Files: problems with gold answers, as training takes them. Their golds go through math-verify,
+integers included, without any short cut for equal strings.
+"""
+
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pyarrow.parquet
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from test_grading import hostile  # noqa: E402
+
+import grading  # noqa: E402
+
+
+def judge_golds(pool, golds: list[str]) -> dict:
+    start = time.perf_counter()
+    futures = [pool.schedule(grading.math_verify_equal, args=(g, g), timeout=5.0) for g in golds]
+    equal = sum(future.exception() is None and future.result() for future in futures)
+    seconds = time.perf_counter() - start
+    return {
+        "golds": len(golds),
+        "equal": equal,
+        "empty": sum(not gold.strip() for gold in golds),
+        "seconds_per_1000": round(1000 * seconds / len(golds), 2),
+    }
+
+
+def judge_answers(pool, pairs: list[tuple[str, str]], timeout: float) -> dict:
+    args = SimpleNamespace(verify_timeout=timeout, grader="math-verify")
+    texts = [f"\\boxed{{{answer}}}" for answer, _ in pairs]
+    start = time.perf_counter()
+    rewards, timeouts, errors = grading.verify(pool, texts, [gold for _, gold in pairs], args)
+    seconds = time.perf_counter() - start
+    return {
+        "answers": len(pairs),
+        "right": int(sum(rewards)),
+        "timeouts": timeouts,
+        "errors": errors,
+        "seconds": round(seconds, 1),
+        "answers_per_second": round(len(pairs) / seconds),
+    }
+
+
+def main(files: list[str]) -> None:
+    pool = grading.start_verifier()
+    result = {"cores": len(os.sched_getaffinity(0)), "golds": {}}
+    for file in files:
+        rows = pyarrow.parquet.read_table(file, columns=["reward_model"]).to_pylist()
+        golds = [row["reward_model"]["ground_truth"] or "" for row in rows]
+        result["golds"][Path(file).stem] = judge_golds(pool, golds)
+    ordinary = [(f"\\frac{{{i}}}{{{i % 9 + 2}}}", f"{i}/{i % 9 + 2}") for i in range(1, 1001)]
+    ordinary += [(f"{i}\\sqrt{{3}}+x^2", f"x^2+{i}\\sqrt{{3}}") for i in range(1000)]
+    result["ordinary"] = judge_answers(pool, ordinary, timeout=5.0)
+    with tempfile.TemporaryDirectory() as folder:
+        answers = hostile(Path(folder) / "touched")
+        result["hostile"] = judge_answers(pool, [(a, "-77777") for a in answers], timeout=1.0)
+        result["hostile"]["executed"] = (Path(folder) / "touched").exists()
+    pool.stop()
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

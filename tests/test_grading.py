@@ -1,0 +1,320 @@
+"""The grader with its real pool of processes: right, wrong, awkward and hostile answers."""
+
+import os
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import grading
+
+
+@pytest.fixture(scope="module")
+def pool():
+    pool = grading.start_verifier()
+    yield pool
+    pool.stop()
+    pool.join()
+
+
+def rewards(pool, pairs, timeout=5.0, grader="math-verify"):
+    args = SimpleNamespace(verify_timeout=timeout, grader=grader)
+    texts = [f"so \\boxed{{{answer}}}." for answer, _ in pairs]
+    return grading.verify(pool, texts, [gold for _, gold in pairs], args)
+
+
+def test_right_and_wrong_answers(pool):
+    right = [
+        ("12", "12"),
+        ("012", "12"),
+        ("\\frac{1}{2}", "0.5"),
+        ("\\dfrac12", "\\frac{1}{2}"),
+        ("1/2", "\\frac{1}{2}"),
+        ("2\\sqrt{3}", "\\sqrt{12}"),
+        ("(3,\\infty)", "(3, \\infty)"),
+        ("x^2+1", "1+x^2"),
+        ("\\{1,2,3\\}", "\\{3,2,1\\}"),
+        ("\\text{Monday}", "Monday"),
+        ("\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}", "\\begin{pmatrix}1\\\\2\\end{pmatrix}"),
+        ("10^{\\circ}", "10"),
+    ]
+    wrong = [
+        ("13", "12"),
+        ("-12", "12"),
+        ("\\frac{1}{3}", "\\frac{1}{2}"),
+        ("", "12"),
+        ("(3,\\infty)", "[3,\\infty)"),
+        ("x^2-1", "x^2+1"),
+        ("import os", "0"),
+        ("{}{0}%s\x00", "7"),
+        ("9" * 2000, "9"),
+    ]
+    assert rewards(pool, right) == ([1.0] * len(right), 0, 0)
+    assert rewards(pool, wrong)[0] == [0.0] * len(wrong)
+
+
+def test_only_the_last_closed_box_counts(pool):
+    args = SimpleNamespace(verify_timeout=5.0, grader="math-verify")
+    texts = ["5", "\\boxed{4} \\boxed{5}", "\\boxed{5} \\boxed{4}", "\\boxed{5} \\boxed{4"]
+    assert grading.verify(pool, texts, ["5"] * 4, args)[0] == [0.0, 1.0, 0.0, 1.0]
+
+
+def test_boxed_string_is_exact(pool):
+    pairs = [("0.5", "\\frac{1}{2}"), ("05", "5"), ("5", "5")]
+    assert rewards(pool, pairs, grader="boxed-string")[0] == [0.0, 0.0, 1.0]
+
+
+def test_answers_that_never_end_are_cut_off(pool):
+    """Each scores 0 by its deadline, is counted, and the pool serves the next answers."""
+    endless = [("9^{9^{9^{9}}}", "1"), ("(10^{8})!", "1"), ("2^{10^{12}}+1", "3")]
+    start = time.perf_counter()
+    got, timeouts, errors = rewards(pool, endless, timeout=1.0)
+    assert got == [0.0] * 3 and time.perf_counter() - start < 15
+    assert timeouts + errors > 0
+    assert rewards(pool, [("\\frac{2}{4}", "\\frac{1}{2}")] * 3) == ([1.0] * 3, 0, 0)
+
+
+def test_throughput(pool):
+    """Not a benchmark: a pool that were started anew for each answer would need minutes."""
+    pairs = [(f"\\frac{{{i}}}{{7}}", f"{i}/7") for i in range(1, 200)]
+    start = time.perf_counter()
+    assert rewards(pool, pairs)[0] == [1.0] * 199
+    assert time.perf_counter() - start < 30
+
+
+def sane() -> list[tuple[str, str, bool]]:
+    """Awkward answers whose verdict is known: (content of the box, gold, equal?)."""
+    cases = []
+    for a, b in [(1, 2), (3, 4), (7, 5), (12, 13), (2, 9)]:  # fractions in many notations
+        for text in (
+            f"\\frac{{{a}}}{{{b}}}",
+            f"\\dfrac{{{a}}}{{{b}}}",
+            f"\\tfrac{{{a}}}{{{b}}}",
+            f"{a}/{b}",
+            f"{a} / {b}",
+            f"\\frac{{{2 * a}}}{{{2 * b}}}",
+            f"\\left(\\frac{{{a}}}{{{b}}}\\right)",
+        ):
+            cases += [
+                (text, f"\\frac{{{a}}}{{{b}}}", True),
+                (text, f"\\frac{{{a + 1}}}{{{b}}}", False),
+            ]
+    for n in (0, 5, 42, 1000, 123456):
+        cases += [(f"{n}.0", f"{n}", True), (f"x = {n}", f"{n}", True), (f"{n + 1}", f"{n}", False)]
+        cases += [(f"{n} \\text{{ cm}}", f"{n}", True), (f"\\${n}", f"{n}", True)]
+        cases += [(f"{n}^\\circ", f"{n}", True), (f"{n}\\%", f"{n}\\%", True)]
+        cases += [(f"-{n + 1}", f"{n + 1}", False), (f"{n}", f"{n}.5", False)]
+    cases += [("1,000", "1000", True), ("12,345", "12345", True), ("1{,}000", "1000", True)]
+    for a, b in [(0, 1), (2, 5), (-3, 7)]:  # intervals, sets, pairs
+        cases += [(f"[{a},{b}]", f"[{a}, {b}]", True), (f"({a},{b})", f"[{a},{b}]", False)]
+        cases += [(f"[{a},{b})", f"[{a},{b}]", False), (f"({b},{a})", f"({a},{b})", False)]
+        cases += [(f"\\{{{b},{a}\\}}", f"\\{{{a},{b}\\}}", True)]
+        cases += [
+            (f"(-\\infty,{a}]\\cup[{b},\\infty)", f"(-\\infty, {a}] \\cup [{b}, \\infty)", True)
+        ]
+    cases += [("\\sqrt{8}", "2\\sqrt{2}", True), ("\\pi r^2", "r^2\\pi", True)]
+    cases += [("(x+1)^2", "x^2+2x+1", True), ("x^2+2x", "x^2+2x+1", False)]
+    cases += [("\\text{(A)}", "A", True), ("\\text{even}", "even", True), ("odd", "even", False)]
+    return cases
+
+
+def hostile(marker: Path) -> list[str]:
+    """Contents of boxes that hang, eat memory, break parsers or would run if anything ran them."""
+    towers = ["^{".join(["9"] * n) + "}" * (n - 1) for n in range(3, 23)]
+    powers = [f"{b}^{{{e}}}" for b in (2, 7, "1.0001") for e in ("10^{9}", "10^{99}", "9^{9^9}")]
+    powers += [f"{n}^{{{n}^{{{n}}}}}" for n in range(10, 60)]
+    factorials = [f"({n})!" for n in ("10^6", "10^8", "10^{20}", "5!", "((9!)!)!")]
+    binomials = [f"\\binom{{10^{{{n}}}}}{{10^{{{n - 1}}}}}" for n in range(5, 15)]
+    numbers = [f"1e{n}" for n in (9, 99, 999999, 10**9)] + ["9" * n for n in (400, 999, 5000)]
+    numbers += ["0." + "1" * 900, "1" + "0" * 950, "-" * 999 + "1", "+".join(["1"] * 450)]
+    sums = [f"\\sum_{{k=1}}^{{10^{{{n}}}}} k^{{k}}" for n in range(3, 13)]
+    integrals = [f"\\int_0^{{{n}}} \\sin(x^x)^{{x^x}} dx" for n in range(1, 9)]
+    roots = ["\\sqrt{" * n + "2" + "}" * n for n in (5, 20, 60, 110)]
+    fractions = ["\\frac{1}{" * n + "2" + "}" * n for n in (5, 20, 60, 90)]
+    matrices = [
+        f"\\begin{{pmatrix}}{' '.join('1 &' for _ in range(n))} 1\\end{{pmatrix}}^{{{n}}}"
+        for n in (2, 20, 100, 200)
+    ]
+    braces = ["{" * n + "}" * n for n in (10, 100, 400, 10**6)] + ["(" * 499 + ")" * 499]
+    megabytes = [c * 10**6 for c in "a1 ({\\^$_,\u0661\u05d0\n"]
+    unicode = [
+        "٣",
+        "५",
+        "５",
+        "½",
+        "²",
+        "∞",
+        "\u202e5\u202c",
+        "\u200b5",
+        "א",
+        "שלום",
+        "مرحبا",
+        "🙂",
+        "ﬁ",
+    ]
+    unicode += ["\x00", "5\x00", "\x00" * 99, "\ufeff5", "\x1b[31m5", "\ud7ff", "e\u0301" * 100]
+    formats = ["%s%n%x" * 9, "{0.__class__}", "{}" * 99, "%(x)s", "${IFS}", "{{7*7}}", "#{7*7}"]
+    target = str(marker)
+    python = [
+        f"open('{target}', 'w').write('x')",
+        f"__import__('os').system('touch {target}')",
+        f"__import__('pathlib').Path('{target}').touch()",
+        f"exec(\"open('{target}','w')\")",
+        f"eval('__import__(\\'os\\').mkdir(\\'{target}\\')')",
+        "().__class__.__bases__[0].__subclasses__()",
+        "__import__('os')._exit(0)",
+        "__import__('time').sleep(60)",
+        "lambda: 0",
+        "Symbol('x').__class__",
+        "exit()",
+    ]
+    shell = [
+        f"; touch {target}",
+        f"$(touch {target})",
+        f"`touch {target}`",
+        f"| tee {target}",
+        "&& kill -9 1",
+    ]
+    latex = [
+        f"\\write18{{touch {target}}}",
+        f"\\input{{{target}}}",
+        "\\def\\a{\\a}\\a",
+        "\\loop\\repeat",
+    ]
+    broken = [
+        "",
+        " ",
+        "\\",
+        "\\\\",
+        "^",
+        "_",
+        "^^^^",
+        "\\frac",
+        "\\frac{",
+        "\\frac{1}",
+        "\\sqrt",
+        "\\left(",
+        "&",
+    ]
+    broken += [
+        "\\boxed{\\boxed{5}",
+        "$",
+        "$$",
+        "\\(",
+        "\\text{",
+        "=",
+        "==",
+        "<>",
+        "1=2=3",
+        "\\ne 5",
+        "x|y",
+    ]
+    broken += [
+        "\\frac{1}{0}",
+        "0/0",
+        "\\infty-\\infty",
+        "\\log(0)",
+        "\\tan(\\pi/2)",
+        "0^0",
+        "i^i",
+        "\\sqrt{-1}",
+    ]
+    equations = [f"x^{{{n}}}+y^{{{n}}}=z^{{{n}}}" for n in range(2, 40)]
+    equations += [f"(x+1)^{{{10**n}}}" for n in range(1, 9)]
+    equations += ["+".join(f"x_{{{i}}}^{{{i}}}" for i in range(n)) for n in (5, 20, 60)]
+    nested = ["\\sin(" * n + "x" + ")" * n for n in range(1, 60, 6)]
+    unions = ["\\cup".join(f"[{i},{i + 1}]" for i in range(n)) for n in range(2, 90, 8)]
+    lists = [",".join(str(i) for i in range(n)) for n in range(2, 300, 20)]
+    return [
+        text
+        for family in (
+            towers, powers, factorials, binomials, numbers, sums, integrals, roots, fractions,
+            matrices, braces, megabytes, unicode, formats, python, shell, latex, broken, equations,
+            nested, unions, lists,
+        )
+        for text in family
+    ]  # fmt: skip
+
+
+def test_awkward_but_sane_answers(pool):
+    cases = sane()
+    got, timeouts, errors = rewards(pool, [(answer, gold) for answer, gold, _ in cases])
+    wrong = [case for case, r in zip(cases, got) if (r == 1.0) != case[2]]
+    assert not wrong and timeouts == errors == 0 and len(cases) > 100
+
+
+def workers_gib() -> float:
+    """The largest resident set of the processes that this one, and its fork server, started."""
+    largest = 0
+    for status in Path("/proc").glob("[0-9]*/status"):
+        try:
+            lines = dict(x.split(":", 1) for x in status.read_text().splitlines() if ":" in x)
+            command = (status.parent / "cmdline").read_text()
+        except OSError:
+            continue  # it has ended
+        if "forkserver" in command and "VmRSS" in lines:
+            largest = max(largest, int(lines["VmHWM"].split()[0]))
+    return largest / 2**20
+
+
+def test_hostile_answers(pool, tmp_path):
+    """None hangs beyond the deadline, raises, executes anything or eats the memory."""
+    answers = hostile(tmp_path / "touched")
+    assert len(answers) >= 300
+    start = time.perf_counter()
+    got, timeouts, errors = rewards(pool, [(a, "-77777") for a in answers], timeout=0.5)
+    seconds = time.perf_counter() - start
+    workers = min(8, len(os.sched_getaffinity(0)))
+    assert seconds < timeouts / workers + 60, (seconds, timeouts, errors)
+    right = [a[:60] for a, r in zip(answers, got) if r]
+    assert not right
+    assert not (tmp_path / "touched").exists()
+    assert workers_gib() < 2.5
+    # and the pool lives on
+    assert rewards(pool, [("\\frac{2}{4}", "\\frac{1}{2}")]) == ([1.0], 0, 0)
+
+
+def test_hostile_responses_outside_the_box(pool):
+    """Whole responses: unclosed, nested, repeated and absent boxes, a megabyte of text."""
+    args = SimpleNamespace(verify_timeout=2.0, grader="math-verify")
+    cases = [
+        ("", 0), ("5", 0), ("\\boxed{5", 0), ("\\boxed{}", 0), ("\\boxed 5", 0), ("boxed{5}", 0),
+        ("\\boxed{\\boxed{5}}", 1), ("\\boxed{4}\\boxed{5}", 1), ("\\boxed{5}\\boxed{4}", 0),
+        ("\\boxed{5} \\boxed{", 1), ("}}}} \\boxed{5} }}}}", 1), ("{{{{ \\boxed{5}", 1),
+        ("x" * 10**6 + "\\boxed{5}", 1), ("\\boxed{5}" * 10**5, 1), ("\x00\\boxed{5}\x00", 1),
+        ("{" * 10**6 + "\\boxed{5}" + "}" * 10**6, 1), ("\\boxed{" * 10**5 + "5}", 1),
+        ("\u202e\\boxed{5}", 1), ("\\boxed{5}\n" * 3 + "no wait, 6", 1),
+    ]  # fmt: skip
+    start = time.perf_counter()
+    got, timeouts, errors = grading.verify(
+        pool, [text for text, _ in cases], ["5"] * len(cases), args
+    )
+    assert got == [float(right) for _, right in cases] and timeouts == errors == 0
+    assert time.perf_counter() - start < 20
+
+
+def test_bad_golds(pool):
+    args = SimpleNamespace(verify_timeout=2.0, grader="math-verify")
+    golds = ["5", "", "\\frac{1}{2}", "}{", " ", "\\text{Monday}", "$", "-12", "\\text{}", "x^2"]
+    assert grading.bad_golds(pool, golds, args) == [1, 3, 4, 6, 8]
+    args.grader = "boxed-string"
+    assert grading.bad_golds(pool, golds, args) == [1, 4]
+
+
+AUTHORS = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.mark.skipif(not AUTHORS.is_dir(), reason="the authors' parquet files are not here")
+def test_every_gold_of_the_papers_data_equals_itself(pool):
+    import pyarrow.parquet
+
+    args = SimpleNamespace(verify_timeout=5.0, grader="math-verify")
+    rows, unreadable = {}, {}
+    for file in sorted(AUTHORS.glob("*.parquet")):
+        table = pyarrow.parquet.read_table(file, columns=["reward_model"]).to_pylist()
+        golds = [row["reward_model"]["ground_truth"] or "" for row in table]
+        rows[file.stem] = len(golds)
+        unreadable[file.stem] = [golds[i] for i in grading.bad_golds(pool, golds, args)]
+    assert rows["math_train"] == 7500 and unreadable.pop("math_train") == [""] * 4
+    assert not any(unreadable.values())
