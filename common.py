@@ -371,9 +371,10 @@ def load_problems(name: str, split: str) -> list[dict]:
     for row in rows:
         problem = next((row[k] for k in ("problem", "question", "prompt") if row.get(k)), None)
         answer = row.get("answer") or (row.get("reward_model") or {}).get("ground_truth")
-        answer = answer or grading.last_boxed(row.get("solution") or "")
-        if isinstance(answer, list):  # OlympiadBench
-            answer = answer[0]
+        if row.get("final_answer"):  # OlympiadBench: a list
+            answer = ", ".join(row["final_answer"])
+        if not answer and isinstance(row.get("solution"), str):
+            answer = grading.last_boxed(row["solution"])
         if not problem or answer in (None, ""):
             unanswered += 1
         else:

@@ -104,6 +104,36 @@ def test_repeated_problems_count_once(tmp_path):
     assert set(results(tmp_path / "out")["twice"]) >= {"pass@1", "pass@2", "pass@3", "avg@3"}
 
 
+def test_rows_as_the_hub_sets_have_them(tmp_path, capsys):
+    """The columns of the paper's six benchmarks, of MATH, and of the authors' files."""
+    rows = [
+        {
+            "id": "1",
+            "problem": "aime24",
+            "solution": "so \\boxed{1}",
+            "answer": "033",
+            "year": "2024",
+        },
+        {"id": "2", "problem": "aime25", "answer": "70"},
+        {"id": 3, "question": "amc23", "answer": "27.0", "url": "u"},
+        {"problem": "math500", "solution": "\\boxed{4}", "answer": "\\frac{1}{2}", "subject": "s"},
+        {"question": "minerva", "answer": "4.5e33"},
+        {"question": "olympiad", "solution": ["long", "text"], "final_answer": ["2", "5"]},
+        {"problem": "math", "level": "5", "solution": "thus \\boxed{4} or \\boxed{\\sqrt{2}}."},
+        {"prompt": [{"role": "user", "content": "authors"}], "reward_model": {"ground_truth": "9"}},
+        {"problem": "no answer", "answer": ""},
+    ]
+    golds = []
+    for i, row in enumerate(rows[:-1]):
+        data = tmp_path / f"{i}.jsonl"
+        data.write_text(json.dumps(row) + "\n")
+        golds += [p["answer"] for p in common.load_problems(str(data), "test")]
+    assert golds == ["033", "70", "27.0", "\\frac{1}{2}", "4.5e33", "2, 5", "\\sqrt{2}", "9"]
+    data.write_text("".join(json.dumps(r) + "\n" for r in (rows[1], rows[-1])))
+    assert len(common.load_problems(str(data), "test")) == 1
+    assert "1 rows without problem or answer are left out" in capsys.readouterr().out
+
+
 @pytest.mark.skipif(not AUTHORS.is_dir(), reason="the authors' parquet files are not here")
 def test_authors_sets_are_folded():
     sizes = {"aime_2024": 30, "aime_2025": 30, "amc2023": 40}
