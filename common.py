@@ -5,6 +5,7 @@ line and processes, problems, engine and rollout, verification, advantages and l
 micro-batches, evaluation, output folder and checkpoints.
 """
 
+import ctypes
 import dataclasses
 import datetime
 import functools
@@ -15,6 +16,7 @@ import os
 import random
 import resource
 import shutil
+import signal
 import sys
 import time
 import traceback
@@ -89,6 +91,10 @@ def fail(message: str) -> None:
     sys.exit(2)
 
 
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0]
+
+
 def announce(message: str) -> None:
     """One line from rank 0, before quiet() takes over the console."""
     if os.environ.get("RANK", "0") == "0":
@@ -110,10 +116,15 @@ def check_args(args) -> None:
     """Refuse values no run can have, before anything is loaded."""
     world_size = dist.get_world_size()
     positive = "num_prompts num_generations num_samples num_minibatches max_prompt_length"
-    positive += " max_completion_length"
+    positive += " max_completion_length keep_checkpoints eval_num_samples"
     for name in (positive + " temperature learning_rate max_grad_norm verify_timeout").split():
         if not 0 < getattr(args, name, 1) < math.inf:
             fail(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
+    floors = "weight_decay warmup_steps clip_low clip_high tis_cap positive_weight negative_weight"
+    floors += " eval_every save_every num_steps alignment_every max_logprob_gap max_bad_gold"
+    for name in floors.split():
+        if not 0 <= getattr(args, name, 0) < math.inf:
+            fail(f"--{name.replace('_', '-')} must be 0 or more, not {getattr(args, name)}")
     if not 0 < args.top_p <= 1:
         fail(f"--top-p must be in (0, 1], not {args.top_p}")
     kind = getattr(args, "advantage", "dr_grpo")
@@ -125,6 +136,9 @@ def check_args(args) -> None:
             f"--tensor-parallel-size {args.tensor_parallel_size} does not divide the {world_size} "
             "processes"
         )
+    engines = world_size // args.tensor_parallel_size
+    if getattr(args, "num_prompts", engines) < engines:
+        fail(f"--num-prompts {args.num_prompts}: the {engines} engines need a prompt each")
     if getattr(args, "track", "none") != "none":
         try:
             __import__(args.track)
@@ -166,14 +180,42 @@ def launch(main, args) -> None:
     from torch.distributed.run import main as torchrun
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    forward_signals()
+    # Ranks get signals from us, and time to save. What torchrun itself stops, after a rank has
+    # failed, hangs in a collective: 5 seconds are enough.
+    options = ["--standalone", "--signals-to-handle=SIGHUP", "--shutdown-timeout=5"]
     try:
-        torchrun(["--standalone", f"--nproc-per-node={n}", *sys.argv])
+        torchrun([*options, f"--nproc-per-node={n}", *sys.argv])
     except ChildFailedError as error:
         sys.exit(max(1, error.get_first_failure()[1].exitcode))
 
 
+def forward_signals() -> None:
+    """In the launcher: SIGTERM and Ctrl-C go on to the ranks; a second one kills them."""
+    asked = []
+
+    def handler(number, frame):
+        pid = os.getpid()
+        ranks = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        if not asked:
+            print("stopping at the end of this step; again to stop at once", file=sys.stderr)
+        for rank in ranks:
+            os.kill(int(rank), signal.SIGKILL if asked else number)
+        if asked:
+            os._exit(128 + number)
+        asked.append(number)
+
+    signal.signal(signal.SIGTERM, handler)
+    signal.signal(signal.SIGINT, handler)
+
+
+STOP_SIGNALS = []  # received by this process; see stop_if_asked()
+
+
 def init_distributed() -> tuple[int, int, torch.device]:
     """Join the process group. Returns rank, world size and this rank's device."""
+    # When the launcher is killed, so is this rank: PR_SET_PDEATHSIG is 1.
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine lives in this process
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -218,8 +260,30 @@ def make_output_dir(args) -> Path:
 MAY_CHANGE = set(
     "preset num_steps output_dir resume num_processes tensor_parallel_size gpu_memory_utilization "
     "max_tokens_per_microbatch gradient_checkpointing cpu_offload save_every eval_every track "
-    "max_logprob_gap alignment_every verify_timeout".split()
+    "max_logprob_gap alignment_every verify_timeout keep_checkpoints".split()
 )
+
+
+def check_disk(folder: Path, path: str, args) -> None:
+    """Refuse to start if the checkpoints and the final model will not fit on the disk."""
+    from safetensors import safe_open
+
+    count = 0
+    for file in Path(path).glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            count += sum(math.prod(tensors.get_slice(k).get_shape()) for k in tensors.keys())
+    # float32 weights and two moments; one checkpoint more than are kept exists while it is written
+    checkpoints = min(
+        args.keep_checkpoints + 1, 1 + args.num_steps // (args.save_every or math.inf)
+    )
+    needed = count * (12 * checkpoints + getattr(torch, args.dtype).itemsize)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        fail(
+            f"{folder} has {free / 2**30:.1f} GiB free, but the run needs {needed / 2**30:.1f} GiB "
+            f"({checkpoints:.0f} checkpoints and the model): another --output-dir, fewer "
+            "--keep-checkpoints, or --save-every 0"
+        )
 
 
 def refuse_changes(folder: Path, now: dict) -> None:
@@ -253,6 +317,24 @@ def quiet(folder: Path):
 
     sys.excepthook = on_error
     return functools.partial(print, file=console) if rank == 0 else lambda *words: None
+
+
+def catch_signals() -> None:
+    """From here on SIGTERM and Ctrl-C wait for the end of the step."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: STOP_SIGNALS.append(number))
+
+
+def stop_if_asked(folder: Path, step: int, policy, optimizer, args, engine, verifier, say) -> None:
+    """If a rank has got SIGTERM or Ctrl-C: save a checkpoint and exit with 128 + the signal."""
+    number = torch.tensor(STOP_SIGNALS[0] if STOP_SIGNALS else 0)
+    dist.all_reduce(number, dist.ReduceOp.MAX)
+    if number:
+        save_checkpoint(folder, step, policy, optimizer, args)
+        say(f"stopped after step {step}; go on with --output-dir {folder} --resume auto")
+        verifier.stop()
+        shutdown(engine)
+        sys.exit(128 + int(number))
 
 
 def shutdown(engine) -> None:
@@ -318,7 +400,7 @@ def load_model_files(args):
         config = AutoConfig.from_pretrained(path)
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:
-        fail(f"--model {args.model} cannot be loaded: {str(error).splitlines()[0]}")
+        fail(f"--model {args.model} cannot be loaded: {first_line(error)}")
     if len(tokenizer) > config.vocab_size:
         fail(f"--model {args.model}: {len(tokenizer)} tokens, but {config.vocab_size} embeddings")
     if config.num_attention_heads % args.tensor_parallel_size:
@@ -366,7 +448,7 @@ def load_problems(name: str, split: str) -> list[dict]:
                 hub_id, split = HUB_DATASETS.get(name, (name, split))
                 rows = datasets.load_dataset(hub_id, split=split)
         except Exception as error:
-            fail(f"data set {name} cannot be loaded: {str(error).splitlines()[0]}")
+            fail(f"data set {name} cannot be loaded: {first_line(error)}")
     problems, unanswered = {}, 0
     for row in rows:
         problem = next((row[k] for k in ("problem", "question", "prompt") if row.get(k)), None)
@@ -828,10 +910,26 @@ def make_optimizer(policy, args):
 
 def clip_gradients(policy, max_norm: float) -> float:
     """Scale the gradients to `max_norm` if their norm is larger. Returns the norm before."""
-    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm).full_tensor().item()
-    if not math.isfinite(norm):
-        raise RuntimeError(f"the gradient norm is {norm}: no update was made")
-    return norm
+    return torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm).full_tensor().item()
+
+
+def skip_update(folder: Path, step: int, samples: list[dict], A, skipped: int, say) -> int:
+    """The gradient is not finite: save the step's samples for inspection instead of updating.
+
+    Returns:
+        how many updates in a row were skipped. The third ends the run.
+    """
+    path = folder / "skipped" / f"step_{step:06d}.pt"
+    if dist.get_rank() == 0:
+        path.parent.mkdir(exist_ok=True)
+        torch.save({"samples": samples, "advantages": A}, path)
+    say(f"step {step}: the gradient is not finite, no update is made; samples in {path}")
+    if skipped == 2:
+        raise RuntimeError(
+            f"the gradient was not finite 3 times in a row, last at step {step}: a smaller "
+            "--learning-rate, or float32, may help; the samples are in the folder skipped"
+        )
+    return skipped + 1
 
 
 def sampler_logprobs(samples: list[dict], batch: list[int], device) -> torch.Tensor:
@@ -1035,7 +1133,10 @@ def make_logger(folder: Path, args):
         tracker.init(project="pretrain-space-rl", name=folder.name, config=vars(args))
 
     def log(step: int, metrics: dict) -> None:
-        finite = {k: None if v != v else v for k, v in metrics.items()}  # JSON has no NaN
+        finite = {  # JSON has no NaN and no infinity
+            k: None if isinstance(v, float) and not math.isfinite(v) else v
+            for k, v in metrics.items()
+        }
         with open(folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(finite) + "\n")
         for key, value in metrics.items():
@@ -1071,8 +1172,12 @@ def save_completions(folder: Path, step: int, problems, samples, A, num_generati
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
 
 
-def save_checkpoint(folder: Path, step: int, policy, optimizer) -> None:
-    """checkpoints/step_*: every rank its shards; complete or absent, never half."""
+def save_checkpoint(folder: Path, step: int, policy, optimizer, args) -> None:
+    """checkpoints/step_*: weights and optimiser state, every rank its shards; whole or absent.
+
+    No more is needed: phase, data order and sampling seeds are functions of (seed, step). Older
+    checkpoints than the last --keep-checkpoints go when the new one is complete.
+    """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict
 
@@ -1086,8 +1191,11 @@ def save_checkpoint(folder: Path, step: int, policy, optimizer) -> None:
     dcp.save({"model": model, "optimizer": optim}, checkpoint_id=temporary)
     dist.barrier()
     if dist.get_rank() == 0:
+        shutil.copy(folder / "args.json", temporary)
         shutil.rmtree(path, ignore_errors=True)
         temporary.rename(path)
+        for old in sorted(path.parent.glob("step_??????"))[: -args.keep_checkpoints]:
+            shutil.rmtree(old)
     dist.barrier()
 
 

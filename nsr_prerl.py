@@ -11,6 +11,7 @@ their likelihood without it, log π(y_t | BOS, y_<t), and only of the samples wi
 Forward and backward touch nothing but BOS + y of those samples.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -106,6 +107,8 @@ class Args:
     """steps between measurements of the update's cosine with GRPO's; 0 = never"""
     save_every: int = 50
     """steps between checkpoints for --resume, and between saved completions; 0 = never"""
+    keep_checkpoints: int = 2
+    """older ones are removed"""
     resume: str = ""
     """path of a checkpoint, or auto: the latest in --output-dir"""
     track: Literal["none", "wandb", "trackio"] = "none"
@@ -145,6 +148,7 @@ def main(args: Args) -> None:
     train = common.check_golds(args.dataset, train, verifier, args)
     evals = {name: common.check_golds(name, e, verifier, args) for name, e in evals.items()}
     folder = common.make_output_dir(args)
+    common.check_disk(folder, path, args)
     say = common.quiet(folder)
     say(f"{args.model}: {len(train)} problems, {world_size} ranks, output in {folder}")
     say(f"the pre-train space's context is token {bos}, {tokenizer.convert_ids_to_tokens(bos)!r}")
@@ -161,6 +165,8 @@ def main(args: Args) -> None:
         log(0, {"step": 0, **scores})
         say(f"step 0  {common.eval_line(scores)}")
 
+    common.catch_signals()
+    skipped = 0
     for step in range(done + 1, args.num_steps + 1):
         clock = common.timer()
 
@@ -250,9 +256,12 @@ def main(args: Args) -> None:
                         stats += torch.stack([loss, logp.sum(), torch.ones_like(logp).sum()]).cpu()
                 if not old:
                     grad_norm = common.clip_gradients(policy, args.max_grad_norm)
-                    optimizer.step()
+                    if math.isfinite(grad_norm):
+                        optimizer.step()
+                        updates, skipped = updates + 1, 0
+                    else:
+                        skipped = common.skip_update(folder, step, samples, A, skipped, say)
                     optimizer.zero_grad()
-                    updates += 1
         dist.all_reduce(stats)
         clock.lap("time/update")
 
@@ -272,16 +281,18 @@ def main(args: Args) -> None:
             "policy/logprob": (stats[1] / stats[2]).item(),
         }
         metrics |= common.speed_metrics(clock, int(lengths.sum()), int(stats[2]))
-        if args.save_every and step % args.save_every == 0:
-            common.save_checkpoint(folder, step, policy, optimizer)
-        if step == 1 or step == args.num_steps or (args.save_every and step % args.save_every == 0):
-            common.save_completions(
-                folder, step, problems, samples, A, args.num_generations, tokenizer
-            )
         if args.eval_every and (step % args.eval_every == 0 or step == args.num_steps):
             metrics |= common.evaluate(engine, evals, tokenizer, verifier, args)
         log(step, metrics)
         say(common.progress_line(metrics, args.num_steps))
+        save = args.save_every and step % args.save_every == 0
+        if save or step in (1, args.num_steps):
+            common.save_completions(
+                folder, step, problems, samples, A, args.num_generations, tokenizer
+            )
+        if save:  # after the log: what a resumed run begins from has its line in metrics.jsonl
+            common.save_checkpoint(folder, step, policy, optimizer, args)
+        common.stop_if_asked(folder, step, policy, optimizer, args, engine, verifier, say)
 
     common.save_model(folder, policy, config, tokenizer, path, dtype)
     common.say_summary(folder, say)

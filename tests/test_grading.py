@@ -54,6 +54,17 @@ def test_right_and_wrong_answers(pool):
     assert rewards(pool, wrong)[0] == [0.0] * len(wrong)
 
 
+def test_last_boxed():
+    assert grading.last_boxed(r"\boxed{a{b}{c{d}}}") == "a{b}{c{d}}"
+    assert grading.last_boxed(r"\boxed{1} then \boxed{2") == "1"
+    assert grading.last_boxed(r"\boxed{}") == ""
+    assert grading.last_boxed("no box") is None
+    start = time.perf_counter()
+    assert grading.last_boxed("\\boxed{" * 150_000) is None
+    assert grading.last_boxed("{" * 1_000_000) is None
+    assert time.perf_counter() - start < 5
+
+
 def test_only_the_last_closed_box_counts(pool):
     args = SimpleNamespace(verify_timeout=5.0, grader="math-verify")
     texts = ["5", "\\boxed{4} \\boxed{5}", "\\boxed{5} \\boxed{4}", "\\boxed{5} \\boxed{4"]

@@ -5,19 +5,23 @@ import itertools
 import math
 import random
 import statistics
-import time
 
 import pytest
 import torch
 
 import common
+import grad_alignment
+import grading
+import plot
+import thoughts
 
 DR_GRPO, GRPO, RLOO, REINFORCE = "dr_grpo", "grpo", "rloo", "reinforce++"
 
 
-def test_docstrings():
-    result = doctest.testmod(common)
-    assert result.attempted >= 15 and result.failed == 0
+@pytest.mark.parametrize("module", [common, grading, thoughts, plot, grad_alignment])
+def test_docstrings(module):
+    result = doctest.testmod(module)
+    assert result.attempted > 0 and result.failed == 0
 
 
 def oracle_advantages(rewards: list[float], size: int, kind: str) -> list[float]:
@@ -140,17 +144,6 @@ def test_pick_problems():
     assert epochs[0] != epochs[1]
     assert common.pick_problems(problems, 2, 3, 7) == epochs[0][1]
     assert common.pick_problems(problems, 2, 3, 8) != epochs[0][1]
-
-
-def test_last_boxed():
-    assert common.last_boxed(r"\boxed{a{b}{c{d}}}") == "a{b}{c{d}}"
-    assert common.last_boxed(r"\boxed{1} then \boxed{2") == "1"
-    assert common.last_boxed(r"\boxed{}") == ""
-    assert common.last_boxed("no box") is None
-    start = time.perf_counter()
-    assert common.last_boxed("\\boxed{" * 150_000) is None
-    assert common.last_boxed("{" * 1_000_000) is None
-    assert time.perf_counter() - start < 5
 
 
 def test_bos_in_order_of_preference():

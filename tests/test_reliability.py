@@ -1,0 +1,244 @@
+"""Runs that are killed, interrupted, resumed elsewhere, or fed with faults, as subprocesses."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_scripts import ROOT, SMALL, learned, metrics, run, same, weights
+
+import common
+
+FLAGS = "--num-steps 6 --warmup-steps 3 --save-every 1 --eval-every 3".split()
+
+
+def start(script: str, folder: Path, *flags: str) -> subprocess.Popen:
+    """The run in a session of its own; what it prints goes to a file beside its folder."""
+    command = [sys.executable, f"{script}.py", *SMALL, "--output-dir", str(folder), *flags]
+    log = open(folder.with_suffix(".log"), "a")
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+    )
+
+
+def processes_of(folder: Path) -> list[int]:
+    """Processes whose command line names the folder, and their forks' servers."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if str(folder) in path.read_text():
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+def abandoned_memory() -> set[str]:
+    """Shared memory that no process has mapped."""
+    mapped = ""
+    for path in Path("/proc").glob("[0-9]*/maps"):
+        try:
+            mapped += path.read_text()
+        except OSError:
+            continue
+    return {name for name in os.listdir("/dev/shm") if f"/dev/shm/{name}" not in mapped}
+
+
+def wait_until(condition, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def lines(folder: Path) -> int:
+    file = folder / "metrics.jsonl"
+    return len(file.read_text().splitlines()) if file.exists() else 0
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    run("dsrl", folder, *FLAGS)
+    return folder
+
+
+def test_killed_again_and_again(whole, tmp_path):
+    """SIGKILL in the warm-up, at the switch, during a save and after: the same run in the end."""
+    folder, rng, tried = tmp_path / "run", random.Random(0), 0
+    saving = lambda: any(folder.glob("checkpoints/*.tmp"))  # noqa: E731
+    for moment in (
+        lambda: lines(folder) >= 2,
+        lambda: lines(folder) >= 3 and saving(),
+        lambda: lines(folder) >= 4,
+        lambda: lines(folder) >= 6,
+    ):
+        process = start("dsrl", folder, *FLAGS, "--resume", "auto")
+        wait_until(lambda: process.poll() is not None or moment())
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(rng.random() * 0.3)
+        process.kill()  # the launcher alone: its ranks must not outlive it
+        process.wait()
+        wait_until(lambda: not processes_of(folder), seconds=20)
+        tried += 1
+    run("dsrl", folder, *FLAGS, "--resume", "auto")
+    assert tried == 4
+    assert [learned(row) for row in metrics(folder)] == [learned(row) for row in metrics(whole)]
+    assert same(weights(folder), weights(whole))
+    kept = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert kept == ["step_000005", "step_000006"]  # --keep-checkpoints 2, nothing half-written
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_stop_after_the_step(whole, tmp_path, number):
+    """A checkpoint is saved, the exit code says why, nothing stays behind, and it can go on."""
+    folder = tmp_path / "run"
+    before = abandoned_memory()
+    flags = ["--save-every", "0"]  # the only checkpoint is the signal's
+    process = start("dsrl", folder, *FLAGS, *flags)
+    wait_until(lambda: process.poll() is not None or lines(folder) >= 3)
+    process.send_signal(number)
+    assert process.wait(60) == 128 + number
+    steps = lines(folder) - 1
+    assert 2 <= steps < 6
+    wait_until(lambda: not processes_of(folder), seconds=20)
+    assert not abandoned_memory() - before
+    output = folder.with_suffix(".log").read_text()
+    assert f"stopped after step {steps}" in output and "Traceback" not in output
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == [f"step_{steps:06d}"]
+    run("dsrl", folder, *FLAGS, *flags, "--resume", "auto")
+    assert same(weights(folder), weights(whole))
+    assert [row["step"] for row in metrics(folder)] == list(range(7))
+
+
+def test_second_signal_stops_at_once(tmp_path):
+    folder = tmp_path / "run"
+    process = start("dsrl", folder, "--num-steps", "500", "--eval-every", "0")
+    wait_until(lambda: process.poll() is not None or lines(folder) >= 1)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) in (128 + signal.SIGTERM, 128 + signal.SIGINT)
+    wait_until(lambda: not processes_of(folder), seconds=20)
+
+
+def test_resume_on_another_number_of_ranks(whole, tmp_path):
+    """Weights and optimiser reshard; what follows is equal up to the order of additions."""
+    folder = tmp_path / "run"
+    run("dsrl", folder, *FLAGS[2:], "--num-steps", "4")
+    run("dsrl", folder, *FLAGS, "--resume", "auto", "--num-processes", "2")
+    ours, theirs = metrics(folder), metrics(whole)
+    assert [row["step"] for row in ours] == list(range(7))
+    for key in ("reward/mean", "completion/length", "policy/counted_tokens"):
+        assert ours[5][key] == theirs[5][key]
+    for key in ("policy/loss", "policy/grad_norm", "policy/logprob"):
+        assert ours[5][key] == pytest.approx(theirs[5][key], rel=1e-3, abs=1e-6)
+
+
+def test_changed_flags_are_refused(whole):
+    """With the list of differences; more steps are no difference."""
+    flags = [*FLAGS, "--resume", "auto", "--seed", "2", "--num-generations", "8"]
+    output = run("dsrl", whole, *flags, code=2)
+    assert "--seed was 1, is now 2" in output and "--num-generations was 4, is now 8" in output
+    assert "--script was 'dsrl', is now 'prerl'" in run("prerl", whole, "--resume", "auto", code=2)
+
+
+# ------------------------------------------------------------------------------ injected faults
+
+
+def damaged(script: str, tmp_path: Path, old: str, new: str) -> str:
+    """A copy of the script with one line changed, run beside the real helpers."""
+    text = (ROOT / f"{script}.py").read_text()
+    assert text.count(old) == 1
+    (tmp_path / f"{script}.py").write_text(text.replace(old, new))
+    flags = "--num-steps 4 --eval-every 0 --output-dir".split()
+    command = [sys.executable, str(tmp_path / f"{script}.py"), *SMALL, *flags, tmp_path / "run"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, cwd=ROOT, env=env, text=True, capture_output=True, timeout=200, check=False
+    )
+    assert done.returncode not in (0, 2), done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+FAULTS = {
+    "a sync is skipped": "        if updates and step != 2:\n",
+    "a weight is scaled after the sync": "        if updates and step == 2:\n"
+    "            common.sync_weights(engine, policy, dtype)\n"
+    "            with torch.no_grad():\n"
+    "                policy.lm.model.layers[1].mlp.up_proj.weight.mul_(1.5)\n"
+    "        elif updates:\n",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_canary_sees_a_broken_sync(tmp_path, fault):
+    """The run stops at the next step, before it trains on samples of other weights."""
+    output = damaged("grpo_baseline", tmp_path, "        if updates:\n", FAULTS[fault])
+    assert "sync/logprob_gap is" in output and "weight sync is broken" in output
+    assert [row["step"] for row in metrics(tmp_path / "run")][-1] == 2
+
+
+def test_gradients_that_are_not_finite(tmp_path):
+    """No update is made, the samples are saved, and after three in a row the run stops."""
+    flags = "--num-steps 5 --eval-every 0 --pretrain-loss-coef 1e39".split()
+    output = run("prerl", tmp_path, *flags, code=1)
+    assert output.count("the gradient is not finite, no update is made") == 3
+    assert "not finite 3 times in a row" in output
+    assert sorted(p.name for p in (tmp_path / "skipped").iterdir()) == [
+        f"step_{step:06d}.pt" for step in (1, 2, 3)
+    ]
+    saved = torch.load(tmp_path / "skipped" / "step_000001.pt", weights_only=False)
+    assert len(saved["samples"]) == len(saved["advantages"]) == 32
+
+
+def test_disk_space(tmp_path, monkeypatch, capsys):
+    args = SimpleNamespace(keep_checkpoints=2, num_steps=60, save_every=10, dtype="float32")
+    base = str(ROOT / "lab" / "base")
+    common.check_disk(tmp_path, base, args)
+    monkeypatch.setattr(common.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**6))
+    with pytest.raises(SystemExit) as error:
+        common.check_disk(tmp_path, base, args)
+    assert error.value.code == 2
+    assert "the run needs 0.0 GiB (3 checkpoints and the model)" in capsys.readouterr().err
+    monkeypatch.setattr(common.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**9))
+    common.check_disk(tmp_path, base, args)
+
+
+def test_unwritable_folder():
+    output = run("dsrl", Path("/proc/nowhere"), code=2)
+    assert "error: the output folder cannot be written" in output
+
+
+def test_engines_without_a_prompt(tmp_path):
+    output = run("prerl", tmp_path, "--num-prompts", "1", "--num-processes", "2", code=2)
+    assert "error: --num-prompts 1: the 2 engines need a prompt each" in output
+
+
+@pytest.mark.parametrize(
+    "flags", ["--weight-decay -1", "--warmup-steps -1", "--tis-cap nan", "--clip-high inf"]
+)
+def test_values_no_run_can_have(tmp_path, flags):
+    assert f"error: {flags.split()[0]} must be 0 or more" in run(
+        "dsrl", tmp_path, *flags.split(), code=2
+    )
+
+
+def test_models_that_cannot_be_used(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    output = run("dsrl", tmp_path / "run", "--model", str(tmp_path / "empty"), code=2)
+    assert "the folder holds no *.safetensors" in output
+    data = tmp_path / "data.jsonl"
+    data.write_text("")
+    output = run("dsrl", tmp_path / "run", "--dataset", str(data), code=2)
+    assert f"error: data set {data} cannot be loaded" in output
+    data.write_text('{"text": "1+1", "label": "2"}\n')
+    output = run("dsrl", tmp_path / "run", "--dataset", str(data), code=2)
+    assert "no row has a problem (column problem, question or prompt)" in output
