@@ -306,6 +306,7 @@ def quiet(folder: Path):
     """
     rank = dist.get_rank()
     console = os.fdopen(os.dup(2), "w", buffering=1)
+    folder.mkdir(parents=True, exist_ok=True)  # on other nodes, without a shared file system
     log = open(folder / f"log_rank{rank}.txt", "a", buffering=1)
     sys.stdout.flush()
     os.dup2(log.fileno(), 1)

@@ -13,6 +13,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_scripts import ROOT, SMALL, learned, metrics, run, same, weights
+from tokenizers import processors
+from transformers import AutoTokenizer
 
 import common
 
@@ -94,6 +96,34 @@ def test_killed_again_and_again(whole, tmp_path):
     assert same(weights(folder), weights(whole))
     kept = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert kept == ["step_000005", "step_000006"]  # --keep-checkpoints 2, nothing half-written
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 64 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a file system needs root")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_disk_full_while_running(whole, small_disk):
+    """The run dies, its last whole checkpoint does not; with space again it goes on."""
+    folder = small_disk / "run"
+    process = start("dsrl", folder, *FLAGS)
+    wait_until(lambda: process.poll() is not None or lines(folder) >= 4)
+    with open(small_disk / "junk", "wb", buffering=0) as junk, pytest.raises(OSError):
+        while True:
+            junk.write(bytes(4096))
+    assert process.wait(60) != 0
+    assert 4 <= lines(folder) < 7
+    (small_disk / "junk").unlink()
+    run("dsrl", folder, *FLAGS, "--resume", "auto")
+    assert [learned(row) for row in metrics(folder)] == [learned(row) for row in metrics(whole)]
+    assert same(weights(folder), weights(whole))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -228,6 +258,28 @@ def test_values_no_run_can_have(tmp_path, flags):
     assert f"error: {flags.split()[0]} must be 0 or more" in run(
         "dsrl", tmp_path, *flags.split(), code=2
     )
+
+
+@pytest.mark.parametrize("template", [False, True])
+def test_tokenizers_that_add_bos(tiny_model_dir, one_rank, template):
+    """A prompt has one BOS, whether the tokenizer or the chat template puts it there."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    bos = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", bos)]
+    )
+    assert tokenizer.encode("1+1")[0] == bos
+    if template:
+        tokenizer.chat_template = (
+            "{{ bos_token }}{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}"
+            "{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+        )
+    args = SimpleNamespace(system_prompt="think", max_prompt_length=99)
+    problems = [{"problem": "1+1", "answer": "2"}]
+    ids = common.encode_prompts(problems, tokenizer, args, 1)[0]["prompt_ids"]
+    text = "s:thinku:1+1a:" if template else "think1+1"
+    assert ids.count(bos) == 1 and ids[0] == bos
+    assert tokenizer.decode(ids[1:]).replace("?", "") == text
 
 
 def test_models_that_cannot_be_used(tmp_path):
