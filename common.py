@@ -1063,6 +1063,11 @@ def alignment(policy, contexts, prompts, responses, weights, rewards, args, devi
 def check_gap(gap: float, args) -> None:
     """Stop if the engine's log-probs have left the trainer's (not comparable for top-p < 1)."""
     limit = args.max_logprob_gap or (0.001 if args.dtype == "float32" else 0.1)
+    if math.isnan(gap):
+        raise RuntimeError(
+            "sync/logprob_gap is NaN: a weight is not finite. The last checkpoint is sound; a "
+            "smaller --learning-rate may help"
+        )
     if args.top_p == 1 and not gap <= limit:
         raise RuntimeError(
             f"sync/logprob_gap is {gap:.4g}, over {limit:g}: the engine does not sample from the "
@@ -1200,22 +1205,28 @@ def save_checkpoint(folder: Path, step: int, policy, optimizer, args) -> None:
     dist.barrier()
 
 
-def load_checkpoint(folder: Path, policy, optimizer, args) -> int:
-    """Restore --resume (a checkpoint's path, or "auto": the latest one). Returns its step, else 0.
+def find_checkpoint(folder: Path, args) -> Path | None:
+    """--resume: a checkpoint's path, or "auto", the latest of the run if it has one."""
+    if args.resume == "auto":
+        found = sorted(p for p in (folder / "checkpoints").glob("step_??????") if p.is_dir())
+        return found[-1] if found else None
+    path = Path(args.resume) if args.resume else None
+    if path and not (path / ".metadata").is_file():
+        fail(f"--resume {path}: no checkpoint is there; give RUN/checkpoints/step_NNNNNN, or auto")
+    return path
+
+
+def load_checkpoint(folder: Path, policy, optimizer, path: Path | None) -> int:
+    """Restore the checkpoint, if there is one. Returns its step, else 0.
 
     Later lines of metrics.jsonl are cut off, so that every step is there once.
     """
-    if not args.resume:
-        return 0
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-    found = sorted(p for p in (folder / "checkpoints").glob("step_??????") if p.is_dir())
-    path = Path(args.resume) if args.resume != "auto" else found[-1] if found else None
-    step = int(path.name.removeprefix("step_")) if path and path.is_dir() else 0
-    if path and not step:
-        fail(f"--resume {path}: no such checkpoint")
-    if step:
+    step = 0
+    if path:
+        step = int(path.name.removeprefix("step_"))
         model, optim = get_state_dict(policy, optimizer)
         dcp.load({"model": model, "optimizer": optim}, checkpoint_id=path)
         set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=optim)

@@ -149,6 +149,7 @@ def main(args: Args) -> None:
     evals = {name: common.check_golds(name, e, verifier, args) for name, e in evals.items()}
     folder = common.make_output_dir(args)
     common.check_disk(folder, path, args)
+    checkpoint = common.find_checkpoint(folder, args)
     say = common.quiet(folder)
     say(f"{args.model}: {len(train)} problems, {world_size} ranks, output in {folder}")
     say(f"the pre-train space's context is token {bos}, {tokenizer.convert_ids_to_tokens(bos)!r}")
@@ -157,7 +158,7 @@ def main(args: Args) -> None:
     engine = common.make_engine(path, tokenizer, args)
     policy = common.load_policy(path, config, tokenizer, args, device)
     optimizer = common.make_optimizer(policy, args)
-    done = common.load_checkpoint(folder, policy, optimizer, args)
+    done = common.load_checkpoint(folder, policy, optimizer, checkpoint)
     log = common.make_logger(folder, args)
     common.sync_weights(engine, policy, dtype)
     if args.eval_every and not done:

@@ -29,7 +29,7 @@ def make_args(model, **changes):
         max_tokens_per_microbatch=4096,
         learning_rate=1e-2,
         weight_decay=0.0,
-        resume="",
+        keep_checkpoints=2,
     )
     return types.SimpleNamespace(**{**args, **changes})
 
@@ -187,12 +187,14 @@ def test_checkpoint_and_export(request, tmp_path, tied):
     policy, args = load(folder)
     optimizer = common.make_optimizer(policy, args)
     train(policy, optimizer, 1)
-    common.save_checkpoint(tmp_path, 1, policy, optimizer)
+    (tmp_path / "args.json").write_text("{}")
+    common.save_checkpoint(tmp_path, 1, policy, optimizer, args)
     train(policy, optimizer, 2)
 
-    again, args = load(folder, resume="auto")
+    again, args = load(folder)
     optimizer = common.make_optimizer(again, args)
-    assert common.load_checkpoint(tmp_path, again, optimizer, args) == 1
+    path = common.find_checkpoint(tmp_path, types.SimpleNamespace(resume="auto"))
+    assert common.load_checkpoint(tmp_path, again, optimizer, path) == 1
     train(again, optimizer, 2)
     for a, b in zip(policy.parameters(), again.parameters()):
         assert torch.equal(a.full_tensor(), b.full_tensor())

@@ -228,6 +228,25 @@ def test_gradients_that_are_not_finite(tmp_path):
     assert len(saved["samples"]) == len(saved["advantages"]) == 32
 
 
+def test_a_weight_that_is_not_finite(tmp_path):
+    fault = "        if step == 2:\n            with torch.no_grad():\n"
+    fault += "                policy.lm.model.norm.weight.fill_(math.nan)\n        elif updates:\n"
+    output = damaged("grpo_baseline", tmp_path, "        if updates:\n", fault)
+    assert "a weight is not finite" in output
+    assert [row["step"] for row in metrics(tmp_path / "run")][-1] == 2
+
+
+def test_resume_from_nowhere(tmp_path):
+    output = run("dsrl", tmp_path, "--resume", str(tmp_path / "step_000001"), code=2)
+    assert "error: --resume" in output and "no checkpoint is there" in output
+
+
+def test_heads_that_do_not_divide(tmp_path):
+    flags = "--num-processes 3 --tensor-parallel-size 3".split()
+    output = run("dsrl", tmp_path, *flags, code=2)
+    assert "error: --tensor-parallel-size 3 does not divide the model's" in output
+
+
 def test_disk_space(tmp_path, monkeypatch, capsys):
     args = SimpleNamespace(keep_checkpoints=2, num_steps=60, save_every=10, dtype="float32")
     base = str(ROOT / "lab" / "base")
