@@ -176,6 +176,8 @@ def launch(main, args) -> None:
     # Spinning threads take the cores from the other ranks' and the verifier's processes.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TORCHELASTIC_LOG_LEVEL", "CRITICAL")
+    # Semaphores of a rank that was stopped are removed, and need no warning.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
@@ -187,7 +189,8 @@ def launch(main, args) -> None:
     try:
         torchrun([*options, f"--nproc-per-node={n}", *sys.argv])
     except ChildFailedError as error:
-        sys.exit(max(1, error.get_first_failure()[1].exitcode))
+        code = error.get_first_failure()[1].exitcode
+        sys.exit(128 - code if code < 0 else code)  # below 0: ended by that signal
 
 
 def forward_signals() -> None:

@@ -24,9 +24,10 @@ FLAGS = "--num-steps 6 --warmup-steps 3 --save-every 1 --eval-every 3".split()
 def start(script: str, folder: Path, *flags: str) -> subprocess.Popen:
     """The run in a session of its own; what it prints goes to a file beside its folder."""
     command = [sys.executable, f"{script}.py", *SMALL, "--output-dir", str(folder), *flags]
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     log = open(folder.with_suffix(".log"), "a")
     return subprocess.Popen(
-        command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
     )
 
 
@@ -72,6 +73,7 @@ def whole(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_killed_again_and_again(whole, tmp_path):
     """SIGKILL in the warm-up, at the switch, during a save and after: the same run in the end."""
     folder, rng, tried = tmp_path / "run", random.Random(0), 0
@@ -139,7 +141,7 @@ def test_signals_stop_after_the_step(whole, tmp_path, number):
     steps = lines(folder) - 1
     assert 2 <= steps < 6
     wait_until(lambda: not processes_of(folder), seconds=20)
-    assert not abandoned_memory() - before
+    wait_until(lambda: not abandoned_memory() - before, seconds=20)
     output = folder.with_suffix(".log").read_text()
     assert f"stopped after step {steps}" in output and "Traceback" not in output
     assert [p.name for p in (folder / "checkpoints").iterdir()] == [f"step_{steps:06d}"]
@@ -158,6 +160,7 @@ def test_second_signal_stops_at_once(tmp_path):
     wait_until(lambda: not processes_of(folder), seconds=20)
 
 
+@pytest.mark.slow
 def test_resume_on_another_number_of_ranks(whole, tmp_path):
     """Weights and optimiser reshard; what follows is equal up to the order of additions."""
     folder = tmp_path / "run"
@@ -299,6 +302,26 @@ def test_tokenizers_that_add_bos(tiny_model_dir, one_rank, template):
     text = "s:thinku:1+1a:" if template else "think1+1"
     assert ids.count(bos) == 1 and ids[0] == bos
     assert tokenizer.decode(ids[1:]).replace("?", "") == text
+
+
+def test_long_prompts_are_left_out(tiny_model_dir, one_rank, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    args = SimpleNamespace(system_prompt="", max_prompt_length=5)
+    problems = [{"problem": text, "answer": "2"} for text in ("1+1", "1+1+1+1", "2", "3" * 6)]
+    kept = common.encode_prompts(problems, tokenizer, args, 1)
+    assert [(p["id"], p["problem"]) for p in kept] == [(0, "1+1"), (2, "2")]
+    assert "2 of 4 prompts are too long: left out" in capsys.readouterr().out
+
+
+def test_killed_before_the_first_step(tmp_path):
+    """While it starts, a signal ends it at once, with the signal's exit code."""
+    folder = tmp_path / "run"
+    process = start("dsrl", folder)
+    wait_until(lambda: process.poll() is not None or (folder / "log_rank0.txt").exists())
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 128 + signal.SIGTERM
+    wait_until(lambda: not processes_of(folder), seconds=20)
+    assert "Warning" not in folder.with_suffix(".log").read_text()
 
 
 def test_models_that_cannot_be_used(tmp_path):

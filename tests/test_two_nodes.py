@@ -17,6 +17,7 @@ if subprocess.run(["ip", "netns", "add", "prerl-try"], capture_output=True).retu
     pytest.skip("network namespaces are not allowed here", allow_module_level=True)
 subprocess.run(["ip", "netns", "del", "prerl-try"], check=True)
 
+pytestmark = pytest.mark.slow
 FLAGS = "--num-steps 3 --warmup-steps 1 --eval-every 3".split()
 
 
