@@ -22,7 +22,7 @@ demo: .venv/.ready
 	$(BIN)/python dsrl.py --preset lab
 
 test: .venv/.ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lab-base: .venv/.ready
 	$(BIN)/python lab/pretrain.py
