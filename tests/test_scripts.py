@@ -109,27 +109,81 @@ def test_negatives_only(runs):
     assert metrics(folder)[2]["policy/counted_tokens"] == sum(row["length"] for row in counted)
 
 
+def tokens_of(folder: Path, script: str) -> list[tuple[list[int], list[int], dict]]:
+    """Context, response and row of each sample of step 1, from the completions' text."""
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "lab" / "base")
+    samples = []
+    table = pyarrow.parquet.read_table(folder / "completions" / "step_000001.parquet")
+    for row in table.to_pylist():
+        x = tokenizer.encode(row["prompt"]) if script == "grpo_baseline" else [1]  # <bos>
+        y = tokenizer.encode(row["response"])
+        y += [tokenizer.eos_token_id] * (row["finish_reason"] == "stop")
+        assert len(y) == row["length"]
+        samples.append((x, y, row))
+    return samples
+
+
+def logprobs_of(model, x: list[int], y: list[int]) -> torch.Tensor:
+    """log π(y_t | x, y_<t) [T] with transformers' full logits."""
+    logits = model(torch.tensor([x + y])).logits[0, len(x) - 1 : -1]  # [T, V]
+    return logits.log_softmax(-1).gather(1, torch.tensor(y)[:, None])[:, 0]
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_likelihood_is_that_of_the_space(runs, script):
     """policy/logprob of step 1, scored again with transformers: with x for GRPO, with BOS else."""
-    folder = runs[0][script]
     model = AutoModelForCausalLM.from_pretrained(ROOT / "lab" / "base")
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "lab" / "base")
     logps = []
-    table = pyarrow.parquet.read_table(folder / "completions" / "step_000001.parquet")
-    for row in table.to_pylist():
+    for x, y, row in tokens_of(runs[0][script], script):
         A = row["advantage"]
         if A < 0 or (A > 0 and script in ("grpo_baseline", "prerl")):
-            x = tokenizer.encode(row["prompt"]) if script == "grpo_baseline" else [1]  # <bos>
-            y = tokenizer.encode(row["response"])
-            y += [tokenizer.eos_token_id] * (row["finish_reason"] == "stop")
-            assert len(y) == row["length"]
             with torch.no_grad():
-                logits = model(torch.tensor([x + y])).logits[0, len(x) - 1 : -1]  # [T, V]
-            logps.append(logits.log_softmax(-1).gather(1, torch.tensor(y)[:, None])[:, 0])
-    assert metrics(folder)[1]["policy/logprob"] == pytest.approx(
+                logps.append(logprobs_of(model, x, y))
+    assert metrics(runs[0][script])[1]["policy/logprob"] == pytest.approx(
         torch.cat(logps).mean().item(), rel=1e-4
     )
+
+
+@pytest.mark.parametrize(
+    ("script", "minibatches"),
+    [("grpo_baseline", 1), ("grpo_baseline", 2), ("prerl", 1), ("nsr_prerl", 1)],
+)
+def test_first_step_is_the_papers(tmp_path, script, minibatches):
+    """The weights after one step, against a plain float64 loop: rewards to AdamW, sign included."""
+    flags = ["--num-minibatches", str(minibatches), "--num-steps", "1", "--eval-every", "0"]
+    run(script, tmp_path, *flags)
+    samples = tokens_of(tmp_path, script)
+    model = AutoModelForCausalLM.from_pretrained(ROOT / "lab" / "base").double()
+    before = [p.detach().clone() for p in model.parameters()]
+    r = torch.tensor([row["reward"] for _, _, row in samples], dtype=torch.float64).view(8, 4)
+    A = r - r.mean(1, keepdim=True)
+    if script == "grpo_baseline":
+        A = A / (r.std(1, keepdim=True) + 1e-6)
+    A = A.flatten().tolist()
+    high = 1.28 if script == "grpo_baseline" else 1.2
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    with torch.no_grad():
+        old = [logprobs_of(model, x, y) for x, y, _ in samples]
+    order = torch.randperm(len(A), generator=torch.Generator().manual_seed(1))
+    for minibatch in order.chunk(minibatches):
+        counted = [i for i in minibatch.tolist() if script != "nsr_prerl" or A[i] < 0]
+        count = sum(len(samples[i][1]) for i in counted)
+        optimizer.zero_grad()
+        for i in counted:
+            x, y, _ = samples[i]
+            ratio = (logprobs_of(model, x, y) - old[i]).exp()
+            if A[i] >= 0:
+                objective = torch.minimum(ratio * A[i], ratio.clamp(0.8, high) * A[i])
+            else:
+                objective = A[i] * ratio.clamp(0.8, 10.0)
+            (-objective.sum() / count).backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+        optimizer.step()
+    assert metrics(tmp_path)[0]["policy/grad_norm"] == pytest.approx(norm, rel=1e-3)
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "model").double()
+    own = torch.cat([(p - b).flatten() for p, b in zip(trained.parameters(), before)])
+    oracle = torch.cat([(p - b).flatten() for p, b in zip(model.parameters(), before)])
+    assert torch.cosine_similarity(own, oracle, dim=0) > 0.999
 
 
 def test_dsrl_begins_as_nsr_prerl_bitwise(runs, tmp_path):
