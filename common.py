@@ -778,6 +778,26 @@ def token_weights(counted: torch.Tensor, lengths: torch.Tensor, kind: str, max_l
     return weight * counted
 
 
+def microbatch_weights(plan: list[list[list[int]]], lengths: torch.Tensor) -> torch.Tensor:
+    """What a token of each sample weighs [N] if every micro-batch takes a mean of its own.
+
+    As the authors' code: a micro-batch's mean over its tokens counts by its share of the samples.
+
+    Args:
+        plan: of plan_microbatches(); lengths: response tokens [N].
+
+    >>> microbatch_weights([[[0, 1], [2]]], torch.tensor([1, 3, 2]))
+    tensor([0.1667, 0.1667, 0.1667])
+    >>> microbatch_weights([[[0], [1, 2]]], torch.tensor([1, 3, 2]))
+    tensor([0.3333, 0.1333, 0.1333])
+    """
+    batches = [batch for part in plan for batch in part if batch]
+    weight = torch.zeros(len(lengths))
+    for batch in batches:
+        weight[batch] = len(batch) / sum(map(len, batches)) / lengths[batch].sum()
+    return weight
+
+
 def clipped_objective(logp, old_logp, A, clip_low: float, clip_high: float, dual_clip: float):
     """PPO's clipped objective per token [n], with clip-higher and dual clip (to be maximised).
 

@@ -77,10 +77,11 @@ class Args:
     """factor of samples with A > 0; 0 leaves them out"""
     negative_weight: float = 1.0
     """factor of samples with A < 0; 0 leaves them out"""
-    loss_aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"] = (
-        "token-mean"
-    )
-    """how tokens' losses become one number, over all counted samples of the step"""
+    loss_aggregation: Literal[
+        "token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm", "microbatch-token-mean"
+    ] = "token-mean"
+    """how tokens' losses become one number, over all counted samples of the step; the last is the
+    authors' code: a mean in each micro-batch, so it depends on how the samples are packed"""
     num_minibatches: int = 1
     """optimiser updates per step; clipping and old log-probs only act when more than 1"""
     clip_low: float = 0.2
@@ -233,6 +234,8 @@ def main(args: Args) -> None:
                 plan = common.plan_microbatches(
                     active, total, args.max_tokens_per_microbatch, world_size
                 )
+                if args.loss_aggregation == "microbatch-token-mean":
+                    scale = common.microbatch_weights(plan, lengths)  # the authors' code
                 for batch in plan[rank]:
                     tokens, is_response = common.collate(contexts, responses, batch, device)
                     n = [len(responses[i]) for i in batch]
