@@ -69,6 +69,11 @@ SWEEP = {
     for rate in ("1e-4", "3e-4", "1e-3")
 }
 SWEEP_SEED = 11
+# What tests/test_learning.py runs.
+GUARD = {
+    f"guard-{name}": f"{name}.py --learning-rate 1e-3 --num-steps 12 --eval-every 12 {flags}"
+    for name, flags in (("grpo_baseline", ""), ("dsrl", "--warmup-steps 4"))
+}
 
 COLUMNS = {  # of the CSV file, and the key in metrics.jsonl
     "step": "step",
@@ -120,7 +125,7 @@ class Args:
 
 def commands(args: Args) -> list[tuple[str, int, list[str], Path]]:
     """(variant, seed, command line, output folder) of every run, in the order of running."""
-    known = SWEEP | VARIANTS
+    known = SWEEP | VARIANTS | GUARD
     for name in set(args.only) - set(known):
         sys.exit(f"error: --only {name}: no such variant; they are {', '.join(known)}")
     hard = args.folder / "hard.jsonl"
@@ -128,7 +133,7 @@ def commands(args: Args) -> list[tuple[str, int, list[str], Path]]:
     hard.write_text("".join(json.dumps(problem) + "\n" for problem in task.problems("hard")))
     common = ["--preset", "lab", "--eval-every", "10", "--eval-datasets", "lab", str(hard)]
     found = []
-    for group, seeds in ((SWEEP, (SWEEP_SEED,)), (VARIANTS, args.seeds)):
+    for group, seeds in ((SWEEP, (SWEEP_SEED,)), (VARIANTS, args.seeds), (GUARD, args.seeds)):
         for seed in seeds:
             for name, command in group.items():
                 if args.only and name not in args.only:
