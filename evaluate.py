@@ -19,6 +19,8 @@ import torch.distributed as dist
 
 import common
 import grading
+import harness
+import inputs
 import thoughts
 
 
@@ -67,16 +69,16 @@ class Args:
 
 
 def main(args: Args) -> None:
-    rank, world_size, _ = common.init_distributed()
-    common.check_args(args)
-    path, config, tokenizer = common.load_model_files(args)
-    problems = {name: common.load_problems(name, "test") for name in args.datasets}
-    common.fit_context(args, config)
-    problems = {n: common.encode_prompts(p, tokenizer, args, 1) for n, p in problems.items()}
+    rank, world_size, _ = harness.init_distributed()
+    harness.check_args(args)
+    path, config, tokenizer = inputs.load_model_files(args)
+    problems = {name: inputs.load_problems(name, "test") for name in args.datasets}
+    inputs.fit_context(args, config)
+    problems = {n: inputs.encode_prompts(p, tokenizer, args, 1) for n, p in problems.items()}
     verifier = grading.start_verifier()
-    problems = {n: common.check_golds(n, p, verifier, args) for n, p in problems.items()}
-    folder = common.make_output_dir(args)
-    say = common.quiet(folder)
+    problems = {n: inputs.check_golds(n, p, verifier, args) for n, p in problems.items()}
+    folder = harness.make_output_dir(args)
+    say = harness.quiet(folder)
     say(f"{args.model} on {world_size} ranks, output in {folder}")
 
     engine = common.make_engine(path, tokenizer, args)
@@ -113,7 +115,7 @@ def main(args: Args) -> None:
         say(results_table(results, args.num_samples))
         say(f"all figures in {folder / 'results.json'}")
     verifier.stop()
-    common.shutdown(engine)
+    harness.shutdown(engine)
 
 
 def save_part(part: Path, dataset: str, problems, samples, k: int, tokenizer) -> None:
@@ -171,4 +173,4 @@ def results_table(results: dict, k: int) -> str:
 
 
 if __name__ == "__main__":
-    common.launch(main, common.parse_args(Args))
+    harness.launch(main, harness.parse_args(Args))

@@ -32,6 +32,8 @@ import torch.distributed as dist
 
 import common
 import grading
+import harness
+import inputs
 
 
 @dataclass
@@ -95,20 +97,20 @@ class Args:
 
 
 def main(args: Args) -> None:
-    rank, world_size, device = common.init_distributed()
-    common.check_args(args)
-    path, config, tokenizer = common.load_model_files(args)
-    problems = common.load_problems(args.dataset, "test")
-    bos = common.find_bos(tokenizer, args.bos_token)
-    common.fit_context(args, config)
-    problems = common.encode_prompts(problems, tokenizer, args, 1)
+    rank, world_size, device = harness.init_distributed()
+    harness.check_args(args)
+    path, config, tokenizer = inputs.load_model_files(args)
+    problems = inputs.load_problems(args.dataset, "test")
+    bos = inputs.find_bos(tokenizer, args.bos_token)
+    inputs.fit_context(args, config)
+    problems = inputs.encode_prompts(problems, tokenizer, args, 1)
     wanted = max(1, args.num_rollouts // args.num_generations)
     if wanted < len(problems):
         problems = random.Random(args.seed).sample(problems, wanted)
     verifier = grading.start_verifier()
-    problems = common.check_golds(args.dataset, problems, verifier, args)
-    folder = common.make_output_dir(args)
-    say = common.quiet(folder)
+    problems = inputs.check_golds(args.dataset, problems, verifier, args)
+    folder = harness.make_output_dir(args)
+    say = harness.quiet(folder)
     say(f"{args.model}: {len(problems)} problems x {args.num_generations}, output in {folder}")
 
     engine = common.make_engine(path, tokenizer, args)
@@ -149,7 +151,7 @@ def main(args: Args) -> None:
         (folder / "tokens.html").write_text(page)
         say(report(result))
         say(f"alignment.json, alignment.png and tokens.html are in {folder}")
-    common.shutdown(engine)
+    harness.shutdown(engine)
 
 
 @torch.no_grad()
@@ -401,4 +403,4 @@ values.</p>
 """
 
 if __name__ == "__main__":
-    common.launch(main, common.parse_args(Args))
+    harness.launch(main, harness.parse_args(Args))

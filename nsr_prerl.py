@@ -20,6 +20,8 @@ import torch.distributed as dist
 
 import common
 import grading
+import harness
+import inputs
 
 
 @dataclass
@@ -136,22 +138,22 @@ class Args:
 
 def main(args: Args) -> None:
     # 0. Every rank runs this same function: one engine per tensor-parallel group, one shard each
-    rank, world_size, device = common.init_distributed()
-    common.check_args(args)
-    path, config, tokenizer = common.load_model_files(args)
-    train = common.load_problems(args.dataset, "train")
-    evals = {name: common.load_problems(name, "test") for name in args.eval_datasets}
-    bos = common.find_bos(tokenizer, args.bos_token)
-    common.fit_context(args, config)
-    train = common.encode_prompts(train, tokenizer, args, args.num_prompts)
-    evals = {name: common.encode_prompts(e, tokenizer, args, 1) for name, e in evals.items()}
+    rank, world_size, device = harness.init_distributed()
+    harness.check_args(args)
+    path, config, tokenizer = inputs.load_model_files(args)
+    train = inputs.load_problems(args.dataset, "train")
+    evals = {name: inputs.load_problems(name, "test") for name in args.eval_datasets}
+    bos = inputs.find_bos(tokenizer, args.bos_token)
+    inputs.fit_context(args, config)
+    train = inputs.encode_prompts(train, tokenizer, args, args.num_prompts)
+    evals = {name: inputs.encode_prompts(e, tokenizer, args, 1) for name, e in evals.items()}
     verifier = grading.start_verifier()
-    train = common.check_golds(args.dataset, train, verifier, args)
-    evals = {name: common.check_golds(name, e, verifier, args) for name, e in evals.items()}
-    folder = common.make_output_dir(args)
-    common.check_disk(folder, path, args)
-    checkpoint = common.find_checkpoint(folder, args)
-    say = common.quiet(folder)
+    train = inputs.check_golds(args.dataset, train, verifier, args)
+    evals = {name: inputs.check_golds(name, e, verifier, args) for name, e in evals.items()}
+    folder = harness.make_output_dir(args)
+    harness.check_disk(folder, path, args)
+    checkpoint = harness.find_checkpoint(folder, args)
+    say = harness.quiet(folder)
     say(f"{args.model}: {len(train)} problems, {world_size} ranks, output in {folder}")
     say(f"the pre-train space's context is token {bos}, {tokenizer.convert_ids_to_tokens(bos)!r}")
 
@@ -159,21 +161,21 @@ def main(args: Args) -> None:
     engine = common.make_engine(path, tokenizer, args)
     policy = common.load_policy(path, config, tokenizer, args, device)
     optimizer = common.make_optimizer(policy, args)
-    done = common.load_checkpoint(folder, policy, optimizer, checkpoint)
-    log = common.make_logger(folder, args)
+    done = harness.load_checkpoint(folder, policy, optimizer, checkpoint)
+    log = harness.make_logger(folder, args)
     common.sync_weights(engine, policy, dtype)
     if args.eval_every and not done:
         scores = common.evaluate(engine, evals, tokenizer, verifier, args)
         log(0, {"step": 0, **scores})
-        say(f"step 0  {common.eval_line(scores)}")
+        say(f"step 0  {harness.eval_line(scores)}")
 
-    common.catch_signals()
+    harness.catch_signals()
     skipped = 0
     for step in range(done + 1, args.num_steps + 1):
-        clock = common.timer()
+        clock = harness.timer()
 
         # 1. Rollout: y ~ π(·|x), always with the prompt; G responses to each of P problems
-        problems = common.pick_problems(train, step, args.num_prompts, args.seed)
+        problems = inputs.pick_problems(train, step, args.num_prompts, args.seed)
         samples = common.rollout(
             engine, problems, args.num_generations, f"{args.seed} {step}", args
         )
@@ -284,25 +286,25 @@ def main(args: Args) -> None:
             "policy/counted_tokens": int(lengths[counted].sum()),
             "policy/logprob": (stats[1] / stats[2]).item(),
         }
-        metrics |= common.speed_metrics(clock, int(lengths.sum()), int(stats[2]))
+        metrics |= harness.speed_metrics(clock, int(lengths.sum()), int(stats[2]))
         if args.eval_every and (step % args.eval_every == 0 or step == args.num_steps):
             metrics |= common.evaluate(engine, evals, tokenizer, verifier, args)
         log(step, metrics)
-        say(common.progress_line(metrics, args.num_steps))
+        say(harness.progress_line(metrics, args.num_steps))
         save = args.save_every and step % args.save_every == 0
         if save or step in (1, args.num_steps):
-            common.save_completions(
+            harness.save_completions(
                 folder, step, problems, samples, A, args.num_generations, tokenizer
             )
         if save:  # after the log: what a resumed run begins from has its line in metrics.jsonl
-            common.save_checkpoint(folder, step, policy, optimizer, args)
-        common.stop_if_asked(folder, step, policy, optimizer, args, engine, verifier, say)
+            harness.save_checkpoint(folder, step, policy, optimizer, args)
+        harness.stop_if_asked(folder, step, policy, optimizer, args, engine, verifier, say)
 
-    common.save_model(folder, policy, config, tokenizer, path, dtype)
-    common.say_summary(folder, say)
+    harness.save_model(folder, policy, config, tokenizer, path, dtype)
+    harness.say_summary(folder, say)
     verifier.stop()
-    common.shutdown(engine)
+    harness.shutdown(engine)
 
 
 if __name__ == "__main__":
-    common.launch(main, common.parse_args(Args))
+    harness.launch(main, harness.parse_args(Args))

@@ -151,37 +151,45 @@ def do(command: list[str], threads: int, log: Path) -> int:
         return subprocess.run(command, cwd=ROOT, env=env, stdout=file, stderr=file).returncode
 
 
-def run_one(command: list[str], folder: Path, final: bool, threads: int) -> None:
-    """One training run and, if `final`, pass@64 of its last checkpoint; each unless done before."""
+def train(command: list[str], folder: Path, threads: int) -> None:
+    """One run, unless it was done before."""
+    if (folder / "done").exists():
+        return
+    print(shlex.join(command[1:]), flush=True)
+    shutil.rmtree(folder, ignore_errors=True)
     start = time.time()
-    if not (folder / "done").exists():
-        print(shlex.join(command[1:]), flush=True)
-        shutil.rmtree(folder, ignore_errors=True)
-        code = do(command, threads, log := folder.with_suffix(".log"))
-        if code:
-            print(f"exit code {code}: {log}", flush=True)
-            return
+    code = do(command, threads, log := folder.parent / f"{folder.name}.log")
+    if code:
+        print(f"exit code {code}: {log}", flush=True)
+    else:
         (folder / "done").write_text(f"{time.time() - start:.0f} seconds\n")
-    samples = folder / "pass64"
-    if final and not (samples / "results.json").exists():
-        shutil.rmtree(samples, ignore_errors=True)
-        hard = folder.parent / "hard.jsonl"
-        line = f"evaluate.py --preset lab --num-samples 64 --datasets {hard} --model {folder}/model"
-        code = do(
-            [sys.executable, *shlex.split(line), "--output-dir", str(samples)],
-            threads,
-            log := folder.parent / f"{folder.name}.pass64.log",
-        )
-        if code:
-            print(f"exit code {code}: {log}", flush=True)
+
+
+def pass_at_64(folder: Path, threads: int) -> None:
+    """64 samples from a run's last checkpoint to each hard problem, unless that was done before."""
+    output, log = folder / "pass64", folder.parent / f"{folder.name}.pass64.log"
+    if (output / "results.json").exists() or not (folder / "done").exists():
+        return
+    shutil.rmtree(output, ignore_errors=True)
+    line = "evaluate.py --preset lab --num-samples 64 --datasets".split()
+    line += [str(folder.parent / "hard.jsonl"), "--model", str(folder / "model")]
+    code = do([sys.executable, *line, "--output-dir", str(output)], threads, log)
+    if code:
+        print(f"exit code {code}: {log}", flush=True)
 
 
 def run(args: Args) -> None:
     threads = max(1, len(os.sched_getaffinity(0)) // args.jobs)
     runs = commands(args)
     with ThreadPoolExecutor(args.jobs) as pool:
-        for name, _, command, folder in runs:
-            pool.submit(run_one, command, folder, name in VARIANTS, threads)
+        work = [pool.submit(train, command, folder, threads) for _, _, command, folder in runs]
+        work += [
+            pool.submit(pass_at_64, folder, threads)
+            for name, *_, folder in runs
+            if name in VARIANTS
+        ]
+        for future in work:
+            future.result()
     collect(args)
 
 

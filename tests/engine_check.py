@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 
 import common
+import harness
+import inputs
 
 model, out, tp = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 args = types.SimpleNamespace(
@@ -30,8 +32,8 @@ args = types.SimpleNamespace(
     weight_decay=0.0,
     max_logprob_gap=0.0,
 )
-rank, world_size, device = common.init_distributed()
-path, config, tokenizer = common.load_model_files(args)
+rank, world_size, device = harness.init_distributed()
+path, config, tokenizer = inputs.load_model_files(args)
 problems = [{"id": i, "prompt_ids": [5 + i, 7, 9]} for i in range(6)]
 prompts = [p["prompt_ids"] for p in problems for _ in range(4)]
 engine = common.make_engine(path, tokenizer, args)
@@ -70,7 +72,7 @@ mine = [list(map(int, y.token_ids)) for y in outputs[0].outputs]
 everyone = [None] * world_size
 dist.all_gather_object(everyone, mine)
 
-common.save_model(out, policy, config, tokenizer, path, torch.float32)
+harness.save_model(out, policy, config, tokenizer, path, torch.float32)
 if rank == 0:
     torch.save(
         dict(
@@ -83,4 +85,4 @@ if rank == 0:
         ),
         out / "result.pt",
     )
-common.shutdown(engine)
+harness.shutdown(engine)

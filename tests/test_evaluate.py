@@ -15,6 +15,7 @@ import pytest
 from test_scripts import AUTHORS, metrics, run
 
 import common
+import inputs
 import thoughts
 from lab import task
 
@@ -127,10 +128,10 @@ def test_rows_as_the_hub_sets_have_them(tmp_path, capsys):
     for i, row in enumerate(rows[:-1]):
         data = tmp_path / f"{i}.jsonl"
         data.write_text(json.dumps(row) + "\n")
-        golds += [p["answer"] for p in common.load_problems(str(data), "test")]
+        golds += [p["answer"] for p in inputs.load_problems(str(data), "test")]
     assert golds == ["033", "70", "27.0", "\\frac{1}{2}", "4.5e33", "2, 5", "\\sqrt{2}", "9"]
     data.write_text("".join(json.dumps(r) + "\n" for r in (rows[1], rows[-1])))
-    assert len(common.load_problems(str(data), "test")) == 1
+    assert len(inputs.load_problems(str(data), "test")) == 1
     assert "1 rows without problem or answer are left out" in capsys.readouterr().out
 
 
@@ -138,7 +139,7 @@ def test_rows_as_the_hub_sets_have_them(tmp_path, capsys):
 def test_authors_sets_are_folded():
     sizes = {"aime_2024": 30, "aime_2025": 30, "amc2023": 40}
     for name, size in sizes.items():
-        assert len(common.load_problems(str(AUTHORS / f"{name}_20times.parquet"), "test")) == size
+        assert len(inputs.load_problems(str(AUTHORS / f"{name}_20times.parquet"), "test")) == size
 
 
 def test_summary_against_definitions():

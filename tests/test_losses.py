@@ -12,13 +12,14 @@ import torch
 import common
 import grad_alignment
 import grading
+import inputs
 import plot
 import thoughts
 
 DR_GRPO, GRPO, RLOO, REINFORCE = "dr_grpo", "grpo", "rloo", "reinforce++"
 
 
-@pytest.mark.parametrize("module", [common, grading, thoughts, plot, grad_alignment])
+@pytest.mark.parametrize("module", [common, inputs, grading, thoughts, plot, grad_alignment])
 def test_docstrings(module):
     result = doctest.testmod(module)
     assert result.attempted > 0 and result.failed == 0
@@ -137,13 +138,13 @@ def test_plan_microbatches():
 
 def test_pick_problems():
     problems = list(range(10))
-    epochs = [[common.pick_problems(problems, 3 * e + s, 3, 7) for s in (1, 2, 3)] for e in (0, 1)]
+    epochs = [[inputs.pick_problems(problems, 3 * e + s, 3, 7) for s in (1, 2, 3)] for e in (0, 1)]
     for epoch in epochs:
         seen = [p for batch in epoch for p in batch]
         assert len(seen) == len(set(seen)) == 9
     assert epochs[0] != epochs[1]
-    assert common.pick_problems(problems, 2, 3, 7) == epochs[0][1]
-    assert common.pick_problems(problems, 2, 3, 8) != epochs[0][1]
+    assert inputs.pick_problems(problems, 2, 3, 7) == epochs[0][1]
+    assert inputs.pick_problems(problems, 2, 3, 8) != epochs[0][1]
 
 
 def test_bos_in_order_of_preference():
@@ -156,12 +157,12 @@ def test_bos_in_order_of_preference():
         convert_tokens_to_ids=vocab.get,
         encode=lambda text, add_special_tokens: [vocab[text]] if text in vocab else [1, 2],
     )
-    assert common.find_bos(make(3, vocabulary), "") == 3
-    assert common.find_bos(make(None, vocabulary), "") == 7
-    assert common.find_bos(make(3, vocabulary), "<|im_start|>") == 7
+    assert inputs.find_bos(make(3, vocabulary), "") == 3
+    assert inputs.find_bos(make(None, vocabulary), "") == 7
+    assert inputs.find_bos(make(3, vocabulary), "<|im_start|>") == 7
     for tokenizer, token in [(make(None, {}), ""), (make(3, vocabulary), "two words")]:
         with pytest.raises(SystemExit) as error:
-            common.find_bos(tokenizer, token)
+            inputs.find_bos(tokenizer, token)
         assert error.value.code == 2
 
 

@@ -12,6 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
+import harness
+import inputs
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -36,7 +38,7 @@ def make_args(model, **changes):
 
 def load(model, **changes):
     args = make_args(model, **changes)
-    path, config, tokenizer = common.load_model_files(args)
+    path, config, tokenizer = inputs.load_model_files(args)
     return common.load_policy(path, config, tokenizer, args, CPU), args
 
 
@@ -188,19 +190,19 @@ def test_checkpoint_and_export(request, tmp_path, tied):
     optimizer = common.make_optimizer(policy, args)
     train(policy, optimizer, 1)
     (tmp_path / "args.json").write_text("{}")
-    common.save_checkpoint(tmp_path, 1, policy, optimizer, args)
+    harness.save_checkpoint(tmp_path, 1, policy, optimizer, args)
     train(policy, optimizer, 2)
 
     again, args = load(folder)
     optimizer = common.make_optimizer(again, args)
-    path = common.find_checkpoint(tmp_path, types.SimpleNamespace(resume="auto"))
-    assert common.load_checkpoint(tmp_path, again, optimizer, path) == 1
+    path = harness.find_checkpoint(tmp_path, types.SimpleNamespace(resume="auto"))
+    assert harness.load_checkpoint(tmp_path, again, optimizer, path) == 1
     train(again, optimizer, 2)
     for a, b in zip(policy.parameters(), again.parameters()):
         assert torch.equal(a.full_tensor(), b.full_tensor())
 
-    path, config, tokenizer = common.load_model_files(args)
-    common.save_model(tmp_path, policy, config, tokenizer, path, torch.float32)
+    path, config, tokenizer = inputs.load_model_files(args)
+    harness.save_model(tmp_path, policy, config, tokenizer, path, torch.float32)
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert exported.config.tie_word_embeddings == tied
     exported = dict(exported.named_parameters())

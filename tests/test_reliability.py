@@ -16,7 +16,8 @@ from test_scripts import ROOT, SMALL, learned, metrics, run, same, weights
 from tokenizers import processors
 from transformers import AutoTokenizer
 
-import common
+import harness
+import inputs
 
 FLAGS = "--num-steps 6 --warmup-steps 3 --save-every 1 --eval-every 3".split()
 
@@ -253,14 +254,14 @@ def test_heads_that_do_not_divide(tmp_path):
 def test_disk_space(tmp_path, monkeypatch, capsys):
     args = SimpleNamespace(keep_checkpoints=2, num_steps=60, save_every=10, dtype="float32")
     base = str(ROOT / "lab" / "base")
-    common.check_disk(tmp_path, base, args)
-    monkeypatch.setattr(common.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**6))
+    harness.check_disk(tmp_path, base, args)
+    monkeypatch.setattr(harness.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**6))
     with pytest.raises(SystemExit) as error:
-        common.check_disk(tmp_path, base, args)
+        harness.check_disk(tmp_path, base, args)
     assert error.value.code == 2
     assert "the run needs 0.0 GiB (3 checkpoints and the model)" in capsys.readouterr().err
-    monkeypatch.setattr(common.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**9))
-    common.check_disk(tmp_path, base, args)
+    monkeypatch.setattr(harness.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**9))
+    harness.check_disk(tmp_path, base, args)
 
 
 def test_unwritable_folder():
@@ -298,7 +299,7 @@ def test_tokenizers_that_add_bos(tiny_model_dir, one_rank, template):
         )
     args = SimpleNamespace(system_prompt="think", max_prompt_length=99)
     problems = [{"problem": "1+1", "answer": "2"}]
-    ids = common.encode_prompts(problems, tokenizer, args, 1)[0]["prompt_ids"]
+    ids = inputs.encode_prompts(problems, tokenizer, args, 1)[0]["prompt_ids"]
     text = "s:thinku:1+1a:" if template else "think1+1"
     assert ids.count(bos) == 1 and ids[0] == bos
     assert tokenizer.decode(ids[1:]).replace("?", "") == text
@@ -308,7 +309,7 @@ def test_long_prompts_are_left_out(tiny_model_dir, one_rank, capsys):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     args = SimpleNamespace(system_prompt="", max_prompt_length=5)
     problems = [{"problem": text, "answer": "2"} for text in ("1+1", "1+1+1+1", "2", "3" * 6)]
-    kept = common.encode_prompts(problems, tokenizer, args, 1)
+    kept = inputs.encode_prompts(problems, tokenizer, args, 1)
     assert [(p["id"], p["problem"]) for p in kept] == [(0, "1+1"), (2, "2")]
     assert "2 of 4 prompts are too long: left out" in capsys.readouterr().out
 

@@ -15,7 +15,7 @@ from conftest import save_tiny_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import common
+import inputs
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ["grpo_baseline", "prerl", "nsr_prerl", "dsrl"]
@@ -274,10 +274,10 @@ AUTHORS = ROOT.parent / "shared" / "data"
 
 @pytest.mark.skipif(not AUTHORS.is_dir(), reason="the authors' parquet files are not here")
 def test_authors_files_load_as_they_are():
-    train = common.load_problems(str(AUTHORS / "math_train.parquet"), "train")
+    train = inputs.load_problems(str(AUTHORS / "math_train.parquet"), "train")
     assert 7400 < len(train) <= 7496  # four rows have no answer, some problems stand twice
-    assert len(common.load_problems(str(AUTHORS / "aime_2024_20times.parquet"), "test")) == 30
-    assert len(common.load_problems(str(AUTHORS / "amc2023_20times.parquet"), "test")) == 40
+    assert len(inputs.load_problems(str(AUTHORS / "aime_2024_20times.parquet"), "test")) == 30
+    assert len(inputs.load_problems(str(AUTHORS / "amc2023_20times.parquet"), "test")) == 40
     assert train[0]["answer"] == "0" and train[0]["problem"][-1]["role"] == "user"
 
 

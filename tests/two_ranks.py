@@ -10,6 +10,8 @@ import numpy as np
 import torch
 
 import common
+import harness
+import inputs
 
 model, out, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
 args = types.SimpleNamespace(
@@ -20,8 +22,8 @@ args = types.SimpleNamespace(
     cpu_offload=False,
     tensor_parallel_size=1,
 )
-rank, world_size, device = common.init_distributed()
-path, config, tokenizer = common.load_model_files(args)
+rank, world_size, device = harness.init_distributed()
+path, config, tokenizer = inputs.load_model_files(args)
 policy = common.load_policy(path, config, tokenizer, args, device)
 rng = np.random.default_rng(0)
 responses = [rng.integers(3, 50, rng.integers(2, 12)).astype(np.int32) for _ in range(count)]

@@ -1,0 +1,215 @@
+"""What a run reads: the model's files and BOS, problems and their prompts."""
+
+import random
+from pathlib import Path
+
+import torch.distributed as dist
+
+import grading
+from harness import announce, fail, first_line
+
+# -------------------------------------------------------------------------------------------- model
+
+HUB_OWNERS = {"Qwen": "Qwen", "Llama": "meta-llama", "SmolLM": "HuggingFaceTB"}
+
+
+def resolve_model(name: str) -> str:
+    """A folder, a hub id, "smollm2", or the bare name of a known family.
+
+    >>> resolve_model("Qwen2.5-Math-7B")
+    'Qwen/Qwen2.5-Math-7B'
+    """
+    if Path(name).is_dir():
+        if not list(Path(name).glob("*.safetensors")):
+            fail(f"--model {name}: the folder holds no *.safetensors")
+        return name
+    if name == "smollm2":
+        from lab import smollm2
+
+        return smollm2.checkpoint()
+    if "/" not in name:
+        owner = next((o for family, o in HUB_OWNERS.items() if name.startswith(family)), None)
+        if owner is None:
+            fail(f"--model {name}: no such folder, and no known family; give a hub id OWNER/NAME")
+        return f"{owner}/{name}"
+    if name.startswith(("/", ".")):
+        fail(f"--model {name}: no such folder")
+    return name
+
+
+def load_model_files(args):
+    """Config, tokenizer and local path of --model; refuses what the trainer cannot handle."""
+    from huggingface_hub import snapshot_download
+    from transformers import AutoConfig, AutoTokenizer
+
+    path = resolve_model(args.model)
+    try:
+        if not Path(path).is_dir():
+            if dist.get_rank() == 0:
+                snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt"])
+            dist.barrier()
+            path = snapshot_download(path, local_files_only=True)
+        config = AutoConfig.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:
+        fail(f"--model {args.model} cannot be loaded: {first_line(error)}")
+    if len(tokenizer) > config.vocab_size:
+        fail(f"--model {args.model}: {len(tokenizer)} tokens, but {config.vocab_size} embeddings")
+    if config.num_attention_heads % args.tensor_parallel_size:
+        fail(
+            f"--tensor-parallel-size {args.tensor_parallel_size} does not divide the model's "
+            f"{config.num_attention_heads} attention heads"
+        )
+    return path, config, tokenizer
+
+
+def find_bos(tokenizer, bos_token: str) -> int:
+    """Id of the pre-train space's one-token context: --bos-token, BOS, else <|im_start|>."""
+    if bos_token:
+        ids = tokenizer.encode(bos_token, add_special_tokens=False)
+        if len(ids) != 1:
+            fail(f"--bos-token {bos_token!r} is {len(ids)} tokens; it must be exactly one")
+        return ids[0]
+    if tokenizer.bos_token_id is not None:
+        return tokenizer.bos_token_id
+    if "<|im_start|>" in tokenizer.get_vocab():
+        return tokenizer.convert_tokens_to_ids("<|im_start|>")
+    fail("the tokenizer has neither a BOS nor <|im_start|>: name one with --bos-token")
+
+
+def fit_context(args, config) -> None:
+    """Cut --max-completion-length, and if need be --max-prompt-length, to the model's context."""
+    context = config.max_position_embeddings
+    if args.max_prompt_length + args.max_completion_length > context:
+        args.max_prompt_length = min(args.max_prompt_length, context // 2)
+        args.max_completion_length = context - args.max_prompt_length
+        announce(
+            f"the model's context is {context} tokens: prompts are cut to "
+            f"{args.max_prompt_length}, completions to {args.max_completion_length}"
+        )
+
+
+# ----------------------------------------------------------------------------------------- problems
+
+# name -> (hub id, split). The only place where hub ids of data sets are written.
+HUB_DATASETS = {
+    "math": ("DigitalLearningGmbH/MATH-lighteval", "train"),
+    "math500": ("HuggingFaceH4/MATH-500", "test"),
+    "aime24": ("HuggingFaceH4/aime_2024", "train"),
+    "aime25": ("math-ai/aime25", "test"),
+    "amc23": ("math-ai/amc23", "test"),
+    "minerva": ("math-ai/minervamath", "test"),
+    "olympiadbench": ("math-ai/olympiadbench", "test"),
+}
+
+
+def load_problems(name: str, split: str) -> list[dict]:
+    """[{"problem": text or chat messages, "answer": LaTeX}], each problem once.
+
+    Args:
+        name: math, lab, arithmetic, an evaluation set's short name, a hub id, or a .parquet/.jsonl.
+        split: "train" or "test"; only lab, arithmetic and other hub ids have both.
+    """
+    if name in ("lab", "arithmetic"):
+        from lab import arithmetic, task
+
+        rows = (task if name == "lab" else arithmetic).problems(split)
+    else:
+        import datasets
+
+        datasets.disable_progress_bars()
+        try:
+            if name.endswith((".parquet", ".jsonl")):
+                kind = "json" if name.endswith(".jsonl") else "parquet"
+                rows = datasets.load_dataset(kind, data_files=name, split="train")
+            else:
+                hub_id, split = HUB_DATASETS.get(name, (name, split))
+                rows = datasets.load_dataset(hub_id, split=split)
+        except Exception as error:
+            fail(f"data set {name} cannot be loaded: {first_line(error)}")
+    problems, unanswered = {}, 0
+    for row in rows:
+        problem = next((row[k] for k in ("problem", "question", "prompt") if row.get(k)), None)
+        answer = row.get("answer") or (row.get("reward_model") or {}).get("ground_truth")
+        if row.get("final_answer"):  # OlympiadBench: a list
+            answer = ", ".join(row["final_answer"])
+        if not answer and isinstance(row.get("solution"), str):
+            answer = grading.last_boxed(row["solution"])
+        if not problem or answer in (None, ""):
+            unanswered += 1
+        else:
+            problems.setdefault(str(problem), {"problem": problem, "answer": str(answer)})
+    if not problems:
+        fail(
+            f"data set {name}: no row has a problem (column problem, question or prompt) and an "
+            "answer (column answer, solution or reward_model.ground_truth)"
+        )
+    if unanswered:
+        announce(f"data set {name}: {unanswered} rows without problem or answer are left out")
+    return list(problems.values())
+
+
+def encode_prompts(problems: list[dict], tokenizer, args, at_least: int) -> list[dict]:
+    """Add "id", its number, and "prompt_ids" to each problem.
+
+    Leaves out those over --max-prompt-length, with a count. Refuses a set in which fewer than
+    `at_least` problems remain.
+    """
+    for i, problem in enumerate(problems):
+        problem["id"] = i
+        messages = problem["problem"]
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        messages = [m for m in messages if m["role"] != "system"]
+        if args.system_prompt:
+            messages = [{"role": "system", "content": args.system_prompt}, *messages]
+        if tokenizer.chat_template:
+            problem["prompt_ids"] = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, enable_thinking=False, return_dict=False
+            )
+        else:
+            problem["prompt_ids"] = tokenizer.encode("\n\n".join(m["content"] for m in messages))
+    kept = [p for p in problems if len(p["prompt_ids"]) <= args.max_prompt_length]
+    if not kept:
+        fail(f"all {len(problems)} prompts are longer than --max-prompt-length")
+    if len(kept) < at_least:
+        fail(f"--num-prompts {at_least}: the data set has only {len(kept)} usable problems")
+    if len(kept) < len(problems):
+        announce(f"{len(problems) - len(kept)} of {len(problems)} prompts are too long: left out")
+    return kept
+
+
+def check_golds(name: str, problems: list[dict], pool, args) -> list[dict]:
+    """Leave out the problems whose gold answer the grader cannot read; every rank checks its part.
+
+    Refuses a data set with more of them than --max-bad-gold: against such golds every answer, right
+    or wrong, would score 0.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    golds = [p["answer"] for p in problems]
+    found = [None] * world_size
+    dist.all_gather_object(found, grading.bad_golds(pool, golds[rank::world_size], args))
+    bad = {rank + world_size * i for rank, part in enumerate(found) for i in part}
+    if not bad:
+        return problems
+    shown = "; ".join(f"row {problems[i]['id']}: {golds[i][:60]!r}" for i in sorted(bad)[:5])
+    more = f"; and {len(bad) - 5} more" if len(bad) > 5 else ""
+    message = f"{name}: {len(bad)} of {len(problems)} gold answers cannot be read ({shown}{more})"
+    if len(bad) > args.max_bad_gold * len(problems):
+        fail(f"data set {message}: more than --max-bad-gold {args.max_bad_gold:g}")
+    announce(f"{message}: left out")
+    return [p for i, p in enumerate(problems) if i not in bad]
+
+
+def pick_problems(problems: list, step: int, num_prompts: int, seed: int) -> list:
+    """The problems of a step (from 1): every epoch a new permutation, its last part batch dropped.
+
+    A function of (seed, step) alone, so that resuming needs no data-loader state.
+
+    >>> [pick_problems(["a", "b", "c"], step, 1, 0) for step in (1, 2, 3)]
+    [['c'], ['b'], ['a']]
+    """
+    per_epoch = len(problems) // num_prompts
+    epoch, batch = divmod(step - 1, per_epoch)
+    order = random.Random(f"{seed} epoch {epoch}").sample(range(len(problems)), len(problems))
+    return [problems[i] for i in order[batch * num_prompts : (batch + 1) * num_prompts]]
