@@ -347,3 +347,17 @@ def test_no_gpu_for_the_paper_setting():
         pytest.skip("this machine has a GPU")
     done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False)
     assert done.returncode == 2 and "no GPU was found" in done.stderr
+
+
+def test_every_metric_is_explained(runs):
+    """docs/generate.py's table has the keys that runs write, and no other."""
+    sys.path.insert(0, str(ROOT / "docs"))
+    import generate
+
+    seen = {"alignment/cosine_to_grpo"}  # tests/test_alignment.py
+    for script in SCRIPTS:
+        for row in metrics(runs[0][script]):
+            for key in row:
+                key = re.sub(r"^eval/\w+/", "eval/NAME/", re.sub(r"@\d+$", "@k", key))
+                seen.add(re.sub(r"thoughts/[a-z]+", "thoughts/KIND", key))
+    assert seen == set(generate.METRICS)

@@ -1,0 +1,159 @@
+"""Write the generated parts of the documentation pages, so that they cannot rot.
+
+    python docs/generate.py            # tests/test_docs.py checks that the pages are up to date
+
+A page marks them with comments, which a browser does not show:
+
+    <!-- hunk: TEXT -->        the hunk of the diff from grpo_baseline.py that holds TEXT
+    <!-- flags -->             a table of the script's flags
+    <!-- metrics -->           a table of metrics.jsonl's keys
+    [FILE:1](../FILE#L1)<!-- TEXT -->    a link to the only line of FILE that holds TEXT
+"""
+
+import ast
+import difflib
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = ["grpo_baseline", "prerl", "nsr_prerl", "dsrl"]
+PAGES = {"grpo.md": "grpo_baseline", **{f"{name}.md": name for name in SCRIPTS[1:]}}
+PAGES |= {"fidelity.md": None, "forking.md": None}
+
+# Every key of metrics.jsonl; NAME is an evaluation set's name, k is --eval-num-samples.
+METRICS = {
+    "step": "1, 2, ...; 0 is the evaluation before training and holds eval/* only",
+    "phase": "`pretrain` or `rl`: the likelihood of this step's update",
+    "reward/mean": "share of the step's responses that are right (truncated ones are not)",
+    "reward/solve_all": "share of groups in which every response is right: A = 0",
+    "reward/solve_none": "share of groups in which none is: A = 0 too",
+    "completion/length": "mean tokens of a response, EOS included",
+    "completion/truncated": "share of responses cut at --max-completion-length",
+    "policy/entropy": "of π(·\\|x), nats per token, estimated by −log π of the sampled tokens",
+    "policy/loss": "the loss whose gradient was taken; not comparable between methods",
+    "policy/grad_norm": "before clipping; null when no sample counted",
+    "policy/counted_samples": "samples in the update's mean",
+    "policy/counted_tokens": "their response tokens",
+    "policy/logprob": "mean over the computed tokens of the update's log-likelihood, log π(y_t "
+    "\\| x, y_<t) or log π(y_t \\| BOS, y_<t)",
+    "alignment/cosine_to_grpo": "of this update's gradient with GRPO's on the same samples "
+    "(--alignment-every)",
+    "sync/logprob_gap": "mean \\|trainer's − engine's log-prob\\| on some of the step's samples; "
+    "large if the engine has stale weights",
+    "thoughts/KIND": "per response: reflection, transition, subgoal, enumeration, verification, "
+    "backtracking; see evaluation.md",
+    "thoughts/KIND_per_1k_tokens": "the same per 1,000 response tokens",
+    "verify/timeouts": "answers whose check was cut off; they score 0",
+    "verify/errors": "answers whose check crashed or ran out of memory; they score 0",
+    "time/rollout": "seconds of the step spent in each part",
+    "time/verify": "judging and gathering the samples",
+    "time/canary": "scoring samples for sync/logprob_gap (and the alignment)",
+    "time/update": "advantage, forward, backward, optimiser",
+    "time/sync": "sending the weights to the engine",
+    "time/step": "the sum of these",
+    "throughput/rollout_tokens_per_s": "response tokens of all ranks by time/rollout",
+    "throughput/update_tokens_per_s": "response tokens computed, by time/update",
+    "memory/peak_gib": "rank 0's largest so far: CUDA allocator, or resident set on a CPU",
+    "eval/NAME/avg@k": "share of right responses, k to each held-out problem",
+    "eval/NAME/pass@k": "share of problems with a right one among k",
+    "eval/NAME/length": "mean tokens",
+    "eval/NAME/truncated": "share cut at --max-completion-length",
+    "eval/NAME/thoughts/KIND": "per response: reflection, transition",
+}
+
+
+def fill(text: str, mark: str, part: str) -> str:
+    """`text` with `part` between <!-- mark --> and the next <!-- end -->."""
+    begin, end = f"<!-- {mark} -->\n", "<!-- end -->"
+    if text.count(begin) != 1 or end not in text.partition(begin)[2]:
+        sys.exit(f"error: the page needs one {begin.strip()}, and {end} after it")
+    before, _, rest = text.partition(begin)
+    return f"{before}{begin}\n{part.strip()}\n\n{end}{rest.partition(end)[2]}"
+
+
+def hunks(script: str) -> list[str]:
+    """The changes that make `script` of grpo_baseline.py, as diff prints them, docstring aside."""
+    sources = []
+    for name in ("grpo_baseline", script):
+        text = (ROOT / f"{name}.py").read_text()
+        sources.append(text.partition('"""\n\nimport')[2].splitlines())
+    found = []
+    for line in difflib.unified_diff(*sources, n=0, lineterm=""):
+        if line.startswith("@@"):
+            found.append("")
+        elif found:
+            found[-1] += line.rstrip() + "\n"
+    return found
+
+
+def flags_table(script: str) -> str:
+    """Flag, default and meaning, from the fields of Args and the strings under them."""
+    source = (ROOT / f"{script}.py").read_text()
+    args = next(
+        n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == "Args"
+    )
+    lines = "| flag | default | meaning |\n|---|---|---|\n"
+    for field, doc in zip(args.body, args.body[1:]):
+        if isinstance(field, ast.AnnAssign):
+            default = ast.literal_eval(field.value)
+            default = " ".join(default) if isinstance(default, tuple) else default
+            shown = f"`{default}`" if default != "" else "none"
+            if isinstance(default, bool):
+                shown = "on" if default else "off"
+            meaning = " ".join(doc.value.value.split()).replace("|", "\\|")
+            if (
+                isinstance(field.annotation, ast.Subscript)
+                and field.annotation.value.id == "Literal"
+            ):
+                choices = [ast.literal_eval(c) for c in field.annotation.slice.elts]
+                meaning += f" ({', '.join(f'`{c}`' for c in choices)})"
+            meaning = re.sub(r"<\|(\w+)\|>|<\\\|(\w+)\\\|>", r"`<\\|\1\2\\|>`", meaning)
+            lines += f"| `--{field.target.id.replace('_', '-')}` | {shown} | {meaning} |\n"
+    return lines
+
+
+def metrics_table() -> str:
+    lines = "| key | meaning |\n|---|---|\n"
+    return lines + "".join(f"| `{key}` | {meaning} |\n" for key, meaning in METRICS.items())
+
+
+def number_links(text: str) -> str:
+    """Line numbers of the links to code."""
+
+    def link(match) -> str:
+        file, wanted = match[1], match[2]
+        lines = (ROOT / file).read_text().splitlines()
+        at = [i for i, line in enumerate(lines, 1) if wanted in line]
+        if len(at) != 1:
+            sys.exit(f"error: {wanted!r} is on {len(at)} lines of {file}; a link needs exactly one")
+        return f"[{file}:{at[0]}](../{file}#L{at[0]})<!-- {wanted} -->"
+
+    return re.sub(r"\[([\w/]+\.py):\d+\]\(\.\./[\w/]+\.py#L\d+\)<!-- (.*?) -->", link, text)
+
+
+def render(text: str, script: str | None) -> str:
+    """The page with its generated parts made anew; every hunk must be explained exactly once."""
+    if script:
+        left = hunks(script) if script != "grpo_baseline" else []
+        for wanted in re.findall(r"<!-- hunk: (.*?) -->", text):
+            found = [hunk for hunk in left if wanted in hunk]
+            if len(found) != 1:
+                sys.exit(f"error: {wanted!r} is in {len(found)} unexplained hunks of {script}.py")
+            left.remove(found[0])
+            text = fill(text, f"hunk: {wanted}", f"```diff\n{found[0]}```")
+        if left:
+            sys.exit(f"error: the page of {script}.py does not explain:\n" + "\n".join(left))
+        text = fill(text, "flags", flags_table(script))
+        text = fill(text, "metrics", metrics_table())
+    return number_links(text)
+
+
+def main() -> None:
+    for name, script in PAGES.items():
+        page = ROOT / "docs" / name
+        page.write_text(render(page.read_text(), script))
+
+
+if __name__ == "__main__":
+    main()
