@@ -12,6 +12,7 @@ import csv
 import dataclasses
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -23,12 +24,13 @@ from pathlib import Path
 from statistics import mean
 from typing import Literal
 
+import pyarrow.parquet
 import tyro
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import plot
-from docs.generate import fill
+from docs.generate import fill, worked_example
 from lab import task
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,6 +61,8 @@ VARIANTS = {
     "dsrl-40": "dsrl.py --warmup-steps 40",
     "nsr-rl-then-rl": "dsrl.py --warmup-steps 10 --warmup-space posttrain",
     "dsrl-10-reset": "dsrl.py --warmup-steps 10 --reset-optimizer-at-switch",
+    # the worked example of docs/forking.md: the first 8 tokens of a response are left out
+    "nsr-prerl-late": "late.py",
     # the highest rate of the sweep, at which RL does best, and longer
     "grpo-1e-3": "grpo_baseline.py --learning-rate 1e-3 --num-steps 150",
     "prerl-1e-3": "prerl.py --learning-rate 1e-3 --num-steps 150",
@@ -100,11 +104,13 @@ COLUMNS = {  # of the CSV file, and the key in metrics.jsonl
     },
 }
 
+SAMPLES = ("restated", "right", "right for its own", "truncated", "Let")
 KS = [1, 2, 4, 8, 16, 32, 64]
 THRESHOLDS = (0.5, 0.8, 0.9)
 FIGURES = {
     "methods": ["grpo", "prerl", "nsr-prerl", "dsrl-10"],
-    "signs": ["psr-rl", "nsr-rl", "psr-prerl", "nsr-prerl", "nsr-prerl-every-wrong"],
+    "signs": ["psr-rl", "nsr-rl", "psr-prerl", "nsr-prerl", "nsr-prerl-every-wrong"]
+    + ["nsr-prerl-late"],
     "warmup": ["grpo", "dsrl-5", "dsrl-10", "dsrl-20", "dsrl-40", "nsr-rl-then-rl"],
     "baselines": ["grpo", "dr-grpo", "rloo", "reinforce++", "w-reinforce", "dsrl-10"],
     "long": ["grpo-1e-3", "prerl-1e-3"],
@@ -182,6 +188,7 @@ def pass_at_64(folder: Path, threads: int) -> None:
 
 def run(args: Args) -> None:
     threads = max(1, len(os.sched_getaffinity(0)) // args.jobs)
+    (ROOT / "late.py").write_text(worked_example())
     runs = commands(args)
     with ThreadPoolExecutor(args.jobs) as pool:
         work = [pool.submit(train, command, folder, threads) for _, _, command, folder in runs]
@@ -197,7 +204,7 @@ def run(args: Args) -> None:
 
 def collect(args: Args) -> None:
     """What the runs in --folder measured, to benchmark/results/study.csv and study_pass64.csv."""
-    rows, finals = [], []
+    rows, finals, ends = [], [], []
     for name, seed, _, folder in commands(dataclasses.replace(args, only=())):
         if not (folder / "done").exists():
             continue
@@ -209,8 +216,30 @@ def collect(args: Args) -> None:
         if (folder / "pass64" / "results.json").exists():
             hard = json.loads((folder / "pass64" / "results.json").read_text())["hard"]
             finals.append([name, seed, *(round(hard[f"pass@{k}"], 4) for k in KS)])
+        if name in VARIANTS:
+            ends.append([name, seed, *last_samples(folder)])
+    write_csv(RESULTS / "study_samples.csv", ["variant", "seed", *SAMPLES], ends)
     write_csv(RESULTS / "study.csv", ["variant", "seed", *COLUMNS], rows)
     write_csv(RESULTS / "study_pass64.csv", ["variant", "seed", *map(str, KS)], finals)
+
+
+def last_samples(folder: Path) -> list[float]:
+    """Of the last step's training samples: the shares that SAMPLES names."""
+    path = sorted((folder / "completions").glob("*.parquet"))[-1]
+    counts = dict.fromkeys(SAMPLES, 0)
+    samples = pyarrow.parquet.read_table(path).to_pylist()
+    for row in samples:
+        problem = row["prompt"].removeprefix("Q ").removesuffix(" A")
+        counts["restated"] += row["response"].startswith(f" Compute {problem}. ")
+        # judged by the problem that the response itself restates
+        own = re.match(r" Compute (\d\d)#(\d)\. ", row["response"])
+        answer = task.chain(int(own[1]), int(own[2])) if own else []
+        box = task.boxed_answer(row["response"])
+        counts["right for its own"] += bool(answer) and box == f"{answer[-1]:02d}"
+        counts["right"] += row["reward"] == 1
+        counts["truncated"] += row["finish_reason"] == "length"
+        counts["Let"] += ". Let " in row["response"]
+    return [round(n / len(samples), 4) for n in counts.values()]
 
 
 def write_csv(path: Path, header: list[str], rows: list[list]) -> None:
@@ -317,6 +346,18 @@ def sweep_table(runs: dict) -> str:
     return markdown(["mean (best, last)", *rates], lines)
 
 
+def samples_table() -> str:
+    """Mean over seeds of what the last step's training samples are."""
+    with open(RESULTS / "study_samples.csv") as file:
+        rows = list(csv.DictReader(file))
+    lines = []
+    for name in VARIANTS:
+        own = [row for row in rows if row["variant"] == name]
+        cells = [" ".join(f"{float(row[key]):.2f}" for row in own) or "-" for key in SAMPLES]
+        lines.append([f"`{name}`", *cells])
+    return markdown(["variant (each seed)", *SAMPLES], lines)
+
+
 def guard_table(runs: dict) -> str:
     """Gain in held-out avg@8 in the 12 steps of tests/test_learning.py, by seed."""
     lines = []
@@ -387,6 +428,7 @@ def report() -> None:
         "accuracy": accuracy_table(runs, finals),
         "shape": shape_table(runs),
         "sweep": sweep_table(runs),
+        "samples": samples_table(),
         "guard": guard_table(runs),
     }.items():
         text = fill(text, f"{mark}: made by benchmark/study.py", part)

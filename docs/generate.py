@@ -132,6 +132,18 @@ def number_links(text: str) -> str:
     return re.sub(r"\[([\w/]+\.py):\d+\]\(\.\./[\w/]+\.py#L\d+\)<!-- (.*?) -->", link, text)
 
 
+def worked_example() -> str:
+    """The fifth script of forking.md: nsr_prerl.py with the page's diffs applied."""
+    source = (ROOT / "nsr_prerl.py").read_text()
+    for diff in re.findall(r"```diff\n(.*?)```", (ROOT / "docs" / "forking.md").read_text(), re.S):
+        lines = diff.splitlines(keepends=True)
+        before = "".join(line[1:] for line in lines if line[0] in " -")
+        if source.count(before) != 1:
+            sys.exit(f"error: forking.md's diff does not fit nsr_prerl.py:\n{diff}")
+        source = source.replace(before, "".join(line[1:] for line in lines if line[0] in " +"))
+    return source
+
+
 def render(text: str, script: str | None) -> str:
     """The page with its generated parts made anew; every hunk must be explained exactly once."""
     if script:
