@@ -318,7 +318,7 @@ def accuracy_table(runs: dict, finals: dict) -> str:
 
 def shape_table(runs: dict) -> str:
     header = ["variant", "length, 0 → end", "entropy, 1 → end", "reflections × at 20"]
-    header += ["transitions × at 20", "seconds of 60 steps"]
+    header += ["transitions × at 20", "seconds in steps"]
     lines = []
     for name in VARIANTS:
         seeds = list(runs.get(name, {}).values())

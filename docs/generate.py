@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ["grpo_baseline", "prerl", "nsr_prerl", "dsrl"]
 PAGES = {"grpo.md": "grpo_baseline", **{f"{name}.md": name for name in SCRIPTS[1:]}}
-PAGES |= {"fidelity.md": None, "forking.md": None}
+PAGES |= {"fidelity.md": None, "forking.md": None, "study.md": None}
 
 # Every key of metrics.jsonl; NAME is an evaluation set's name, k is --eval-num-samples.
 METRICS = {
