@@ -26,7 +26,6 @@ from typing import Literal
 
 import pyarrow.parquet
 import tyro
-from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import plot
@@ -368,11 +367,6 @@ def guard_table(runs: dict) -> str:
     return markdown(["run", "gain of each seed"], lines)
 
 
-def save_small(path: Path) -> None:
-    """The picture with 64 colours: a third of the bytes, and nothing to be seen of it."""
-    Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)
-
-
 def draw(runs: dict, names: list[str], picture: str, columns: list[str]) -> None:
     """The variants' curves of `columns` to docs/study/PICTURE.png, by plot.py."""
     groups = {}
@@ -389,8 +383,7 @@ def draw(runs: dict, names: list[str], picture: str, columns: list[str]) -> None
         if seeds:
             groups[name] = seeds
     if groups:
-        plot.draw_panels(groups, path := PICTURES / f"{picture}.png")
-        save_small(path)
+        plot.draw_panels(groups, PICTURES / f"{picture}.png")
 
 
 def draw_pass_at_k(finals: dict, names: list[str], path: Path) -> None:
@@ -411,7 +404,6 @@ def draw_pass_at_k(finals: dict, names: list[str], path: Path) -> None:
     if finals:
         axis.legend(frameon=False)
     figure.savefig(path, dpi=100)
-    save_small(path)
 
 
 def report() -> None:
