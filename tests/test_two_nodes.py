@@ -13,9 +13,10 @@ from test_scripts import ROOT, SMALL, metrics, run, same, weights
 
 if os.geteuid() != 0 or not shutil.which("ip"):
     pytest.skip("network namespaces need root and iproute2", allow_module_level=True)
-if subprocess.run(["ip", "netns", "add", "prerl-try"], capture_output=True).returncode:
+TRY = f"prerl-try-{os.getpid()}"  # every pytest worker collects this file at the same moment
+if subprocess.run(["ip", "netns", "add", TRY], capture_output=True).returncode:
     pytest.skip("network namespaces are not allowed here", allow_module_level=True)
-subprocess.run(["ip", "netns", "del", "prerl-try"], check=True)
+subprocess.run(["ip", "netns", "del", TRY], check=True)
 
 pytestmark = pytest.mark.slow
 FLAGS = "--num-steps 3 --warmup-steps 1 --eval-every 3".split()
