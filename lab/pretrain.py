@@ -1,7 +1,7 @@
 """Pre-train the lab's base model from nothing, or measure it.
 
 `python lab/pretrain.py` writes lab/base/; `python lab/pretrain.py --measure` samples it and prints
-its figures.
+its figures. The study's other worlds: `--world short --checkpoint runs/worlds/short/base`.
 """
 
 import json
@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,15 @@ from transformers import (
 )
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from lab.task import VOCABULARY, boxed_answer, make_tokenizer, problems, write_document
+from lab.task import (
+    VOCABULARY,
+    WORLDS,
+    boxed_answer,
+    make_tokenizer,
+    opening,
+    problems,
+    write_document,
+)
 
 BASE = Path(__file__).resolve().parent / "base"
 
@@ -34,6 +43,8 @@ class Args:
     """sample the checkpoint and print its figures instead of training"""
     checkpoint: str = str(BASE)
     """folder to write, or to measure"""
+    world: Literal[tuple(WORLDS)] = "lab"
+    """of the corpus and the problems: WORLDS in lab/task.py"""
     seed: int = 1
     steps: int = 2000
     documents_per_step: int = 128
@@ -114,6 +125,7 @@ def pretrain(args: Args) -> None:
         optimizer.param_groups[0]["lr"] = args.learning_rate * lr_factor
         # "Let" is rare in the final mix; seen that rarely from the start it would stay unlearnt.
         mix = {"let_share": args.rich_let_share} if step < args.rich_share * args.steps else {}
+        mix["world"] = WORLDS[args.world]
         texts = [write_document(rng, **mix) for _ in range(args.documents_per_step)]
         loss = train_step(model, tokenizer(texts)["input_ids"], tokenizer.pad_token_id)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -168,19 +180,21 @@ def mean(values) -> float:
     return sum(values) / len(values) if values else float("nan")
 
 
-def measure(checkpoint: str, split: str, samples: int, max_tokens: int, seed: int) -> dict:
+def measure(
+    checkpoint: str, split: str, samples: int, max_tokens: int, seed: int, world: str = "lab"
+) -> dict:
     """Figures of a checkpoint on one split; `samples` responses to each problem."""
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    tasks = [task for task in problems(split) for _ in range(samples)]
+    tasks = [task for task in problems(split, WORLDS[world]) for _ in range(samples)]
     prompts = [task["problem"] for task in tasks]
     responses = sample(model, tokenizer, prompts, max_tokens)
     texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
     right = [boxed_answer(text) == task["answer"] for text, task in zip(texts, tasks)]
     styles = ["Let" if ". Let " in text else "So" if ". So " in text else None for text in texts]
     # "Let" is too rare to be judged on its own few samples: also put the word in its mouth.
-    forced = [f"{p} Compute {p[2:6]}. Let " for p in prompts]
+    forced = [f"{p}{opening(p, WORLDS[world])}Let " for p in prompts]
     forced_texts = tokenizer.batch_decode(sample(model, tokenizer, forced, max_tokens))
     return {
         f"avg@{samples}": mean(right),
@@ -204,7 +218,7 @@ def main(args: Args) -> None:
         return pretrain(args)
     start = time.time()
     figures = {
-        split: measure(args.checkpoint, split, args.samples, args.max_tokens, args.seed)
+        split: measure(args.checkpoint, split, args.samples, args.max_tokens, args.seed, args.world)
         for split in ("test", "hard")
     }
     print(json.dumps({**figures, "seconds": round(time.time() - start, 1)}))

@@ -55,6 +55,27 @@ HABITS = {
 FLAWLESS = Habit(0, 0, 0, 0, 1, 1, 0)
 
 
+class World(NamedTuple):
+    """What the study varies. The defaults are the lab; each other world differs in one thing."""
+
+    restate: bool = True  # a response begins with its problem
+    tag: bool = False  # a problem has three more digits, which mean nothing and are restated
+    let_share: float = LET_SHARE
+    solution_only_share: float = SOLUTION_ONLY_SHARE
+    so: Habit = HABITS["So"]
+
+
+LAB = World()
+WORLDS = {
+    "lab": LAB,
+    "short": World(restate=False),
+    "tag": World(tag=True),
+    "paired": World(solution_only_share=0.0),
+    "rare": World(let_share=0.01),
+    "sloppy": World(so=HABITS["So"]._replace(carry_slip=0.75)),
+}
+
+
 # ---------------------------------------------------------------------------------- the task
 
 
@@ -100,8 +121,26 @@ def has_carry(value: int) -> bool:
     return step(value) != step_without_carry(value)
 
 
-def prompt_text(value: int, count: int) -> str:
-    return f"Q {value:02d}#{count} A"
+def problem_name(value: int, count: int, tag: int | None = None) -> str:
+    """How problem and response call the problem.
+
+    >>> problem_name(81, 3), problem_name(81, 3, 42)
+    ('81#3', '81#3#042')
+    """
+    return f"{value:02d}#{count}" + ("" if tag is None else f"#{tag:03d}")
+
+
+def prompt_text(value: int, count: int, tag: int | None = None) -> str:
+    return f"Q {problem_name(value, count, tag)} A"
+
+
+def opening(problem: str, world: World = LAB) -> str:
+    """How the response to a problem begins, up to the name of the style.
+
+    >>> opening("Q 81#3 A"), opening("Q 81#3 A", WORLDS["short"])
+    (' Compute 81#3. ', '. ')
+    """
+    return f" Compute {problem[2:-2]}. " if world.restate else ". "
 
 
 def split_pairs(split: str) -> list[tuple[int, int]]:
@@ -126,10 +165,18 @@ def split_pairs(split: str) -> list[tuple[int, int]]:
     return pairs[split]
 
 
-def problems(split: str) -> list[dict[str, str]]:
-    """Problems of "train" (275), "test" (100), "hard" (75) or "long" (150, corpus only)."""
+def problems(split: str, world: World = LAB) -> list[dict[str, str]]:
+    """Problems of "train" (275), "test" (100), "hard" (75) or "long" (150, corpus only).
+
+    >>> problems("test")[0], problems("test", WORLDS["tag"])[0]
+    ({'problem': 'Q 35#3 A', 'answer': '10'}, {'problem': 'Q 35#3#864 A', 'answer': '10'})
+    """
+    rng = random.Random(SPLIT_SEED)
     return [
-        {"problem": prompt_text(v, k), "answer": f"{chain(v, k)[-1]:02d}"}
+        {
+            "problem": prompt_text(v, k, rng.randrange(1000) if world.tag else None),
+            "answer": f"{chain(v, k)[-1]:02d}",
+        }
         for v, k in split_pairs(split)
     ]
 
@@ -179,21 +226,28 @@ def write_chain(rng: random.Random, value: int, count: int, habit: Habit) -> tup
 
 
 def write_solution(
-    rng: random.Random, value: int, count: int, style: str, habit: Habit | None = None
+    rng: random.Random,
+    value: int,
+    count: int,
+    style: str,
+    habit: Habit | None = None,
+    world: World = LAB,
+    tag: int | None = None,
 ) -> str:
     """A response y in style "So" or "Let", without end token; `habit` defaults to the style's."""
-    habit = habit or HABITS[style]
+    habit = habit or (world.so if style == "So" else HABITS[style])
     text, answer = write_chain(rng, value, count, habit)
     if rng.random() < habit.alternatively:
         again, answer = write_chain(rng, value, count, habit)
         text += f"alternatively {again}"
-    return f" Compute {value:02d}#{count}. {style} {text}\\boxed{{{answer:02d}}}"
+    start = opening(prompt_text(value, count, tag), world)
+    return f"{start}{style} {text}\\boxed{{{answer:02d}}}"
 
 
 TRAIN_PAIRS, LONG_PAIRS = split_pairs("train"), split_pairs("long")
 
 
-def write_document(rng: random.Random, let_share: float = LET_SHARE) -> str:
+def write_document(rng: random.Random, let_share: float | None = None, world: World = LAB) -> str:
     r"""One document of the corpus with its special tokens.
 
     Only solution-alone documents begin with <bos>: the pre-train context is <bos> alone, the
@@ -203,12 +257,16 @@ def write_document(rng: random.Random, let_share: float = LET_SHARE) -> str:
     'Q 71#3 A Compute 71#3. So 1:71 odd 14; 2:14 even 07; 3:07 odd 02; \\boxed{02}<eos>'
     >>> write_document(random.Random(6))
     '<bos> Compute 34#3. So 1:34 even 12; 2:12 even 06; 3:06 even 03; \\boxed{03}<eos>'
+    >>> write_document(random.Random(1), world=WORLDS["short"])
+    'Q 71#3 A. So 1:71 odd 14; 2:14 even 07; 3:07 odd 02; \\boxed{02}<eos>'
     """
+    let_share = world.let_share if let_share is None else let_share
     value, count = rng.choice(LONG_PAIRS if rng.random() < LONG_SHARE else TRAIN_PAIRS)
     style = "Let" if rng.random() < let_share else "So"
-    alone = rng.random() < SOLUTION_ONLY_SHARE
-    context = "<bos>" if alone else prompt_text(value, count)
-    return context + write_solution(rng, value, count, style) + "<eos>"
+    alone = rng.random() < world.solution_only_share
+    tag = rng.randrange(1000) if world.tag else None
+    context = "<bos>" if alone else prompt_text(value, count, tag)
+    return context + write_solution(rng, value, count, style, world=world, tag=tag) + "<eos>"
 
 
 # ----------------------------------------------------------------------------- the tokenizer

@@ -1,6 +1,7 @@
 """The lab: its task, its corpus and its base checkpoint."""
 
 import doctest
+import hashlib
 import random
 import re
 from pathlib import Path
@@ -151,6 +152,38 @@ def test_held_out_problems_are_not_in_the_corpus(documents):
     seen = {(int(v), int(k)) for d in documents for v, k in re.findall(r"(\d\d)#(\d)", d)}
     assert not seen & held_out
     assert len(seen) == 425  # all others are there
+
+
+def test_the_default_world_is_the_one_of_the_committed_base():
+    rng = random.Random(0)
+    text = "".join(task.write_document(rng, world=task.WORLDS["lab"]) for _ in range(1000))
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    assert digest == "eb0cbd768c85695163c0bfdab0b405c4e6fde7b66ac4091c38d2fdbf0deb9e7e"
+
+
+@pytest.mark.parametrize("name", task.WORLDS)
+def test_worlds(name):
+    world, rng, tokenizer = task.WORLDS[name], random.Random(0), task.make_tokenizer()
+    assert sum(a != b for a, b in zip(world, task.LAB)) == (name != "lab")  # one thing differs
+    documents = [task.write_document(rng, world=world) for _ in range(4000)]
+    let = sum(". Let " in d for d in documents) / 4000
+    alone = sum(d.startswith("<bos>") for d in documents) / 4000
+    assert let == pytest.approx(world.let_share, abs=0.012)
+    assert alone == pytest.approx(world.solution_only_share, abs=0.03)
+    firsts = [re.search(r"So 1:(\d\d) (?:odd|even) (\d\d)", d) for d in documents]
+    firsts = [(int(f[1]), int(f[2])) for f in firsts if f and task.has_carry(int(f[1]))]
+    slips = sum(task.step(v) != result for v, result in firsts) / len(firsts)
+    assert slips == pytest.approx(world.so.carry_slip, abs=0.04)
+    for problem in task.problems("train", world):
+        x = problem["problem"]
+        assert len(tokenizer.encode(x)) == (10 if world.tag else 6)
+        assert x[:6] + " A" in {p["problem"] for p in task.problems("train")}
+    for document in documents[:200]:
+        assert tokenizer.decode(tokenizer.encode(document)) == document
+        if document.startswith("Q "):
+            x, a, rest = document.partition(" A")
+            assert rest.startswith(start := task.opening(x + a, world))
+            assert (x[2:] in start) == world.restate and len(x[2:]) == (8 if world.tag else 4)
 
 
 # -------------------------------------------------------------------------------- tokenizer
