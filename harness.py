@@ -3,10 +3,12 @@
 Small, independent functions, used by all programs; a reader of the algorithms can skip them.
 """
 
+import ast
 import ctypes
 import dataclasses
 import datetime
 import functools
+import inspect
 import json
 import logging
 import math
@@ -15,6 +17,7 @@ import resource
 import shutil
 import signal
 import sys
+import textwrap
 import time
 import traceback
 import types
@@ -83,7 +86,7 @@ def fail(message: str) -> None:
     sys.exit(2)
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: Exception | str) -> str:
     return (str(error).strip() or repr(error)).splitlines()[0]
 
 
@@ -91,6 +94,47 @@ def announce(message: str) -> None:
     """One line from rank 0, before quiet() takes over the console."""
     if os.environ.get("RANK", "0") == "0":
         print(message, flush=True)
+
+
+def read_flags(source: str) -> list[tuple[str, str, str, str]]:
+    """Section, field, type and meaning of each field of the class Args in a program's source.
+
+    A section is named by the comment above its first field, a meaning is the string below a field.
+    """
+    body = next(n for n in ast.parse(source).body if getattr(n, "name", "") == "Args").body
+    lines, section, flags = source.splitlines(), "Run", []
+    for field, doc in zip(body, body[1:]):
+        if isinstance(field, ast.AnnAssign):
+            above = lines[field.lineno - 2].strip()
+            section = above.removeprefix("# ") if above.startswith("# ") else section
+            kind = ast.unparse(field.annotation).replace("tuple[str, ...]", "str str ...")
+            if kind.startswith("Literal"):
+                kind = "|".join(choice.value for choice in field.annotation.slice.elts)
+            meaning = " ".join(doc.value.value.split())
+            flags.append((section, field.target.id, kind, meaning))
+    return flags
+
+
+def help_text(Args, default) -> str:
+    """What --help prints, by sections: tyro puts all flags of a flat dataclass in one group."""
+    module = sys.modules[Args.__module__]
+    script = Path(module.__file__).name
+    text = f"usage: {script} [--preset lab|smollm] [flags]\n\n{first_line(module.__doc__)}\n"
+    text += "The default of each flag is in [ ]; --preset changes defaults, and so this list.\n"
+    text += "paper: the authors' published scripts for Qwen3-4B, or else the paper's text.\n"
+    before = ""
+    for section, name, kind, meaning in read_flags(inspect.getsource(module)):
+        text += f"\n{section}\n" if section != before else ""
+        before, value = section, getattr(default, name)
+        if isinstance(value, bool):
+            kind, value = "(or --no-...)", "on" if value else "off"
+        value = " ".join(value) if isinstance(value, tuple) else value
+        flag = f"  --{name.replace('_', '-')} {kind}"
+        lines = textwrap.wrap(f"{meaning} [{value if value != '' else 'none'}]", 66)
+        if len(flag) > 31:
+            text, flag = f"{text}{flag}\n", ""
+        text += "".join(f"{flag if i == 0 else '':32}{x}\n" for i, x in enumerate(lines))
+    return text
 
 
 def parse_args(Args):
@@ -101,7 +145,11 @@ def parse_args(Args):
     preset = argv[argv.index("--preset") + 1] if "--preset" in argv[:-1] else "paper"
     fields = {field.name for field in dataclasses.fields(Args)}
     values = {k: v for k, v in PRESETS.get(preset, {}).items() if k in fields}
-    return tyro.cli(Args, default=dataclasses.replace(Args(), **values))
+    default = dataclasses.replace(Args(), **values)
+    if {"-h", "--help"} & set(argv):
+        print(help_text(Args, default), end="")
+        sys.exit()
+    return tyro.cli(Args, default=default)
 
 
 def check_args(args) -> None:

@@ -6,7 +6,8 @@
 Responses are sampled with the prompt, y ~ π(·|x), and verified: r ∈ {0, 1}. The update lowers
 their likelihood without it, log π(y_t | BOS, y_<t), and only of the samples with A < 0:
 
-    ∇J = E[ Σ_t ∇log π(y_t | y_<t) · A · 1[A < 0] ]
+    (1)  A = r - group mean
+    (2)  ∇J = E[ Σ_t ∇log π(y_t | y_<t) · A · 1[A < 0] ]
 
 Forward and backward touch nothing but BOS + y of those samples.
 """
@@ -26,15 +27,17 @@ import inputs
 
 @dataclass
 class Args:
+    # Run
     preset: Literal["paper", "lab", "smollm"] = "paper"
     """set of defaults: the paper's Qwen3-4B setting, or one for a laptop; explicit flags beat it"""
     model: str = "Qwen/Qwen3-4B"
-    """hub id, local folder, or bare name of a known family (Qwen2.5-Math-7B)"""
+    """hub id, local folder, or bare name of a known family (Qwen2.5-Math-7B)
+    (paper: Qwen3-4B and 8B)"""
     dataset: str = "math"
-    """math, lab, arithmetic, a hub id, or a local .parquet or .jsonl file"""
+    """math, lab, arithmetic, a hub id, or a local .parquet or .jsonl file (paper: math)"""
     eval_datasets: tuple[str, ...] = ("aime24", "aime25", "amc23")
     """held-out problems, named as --dataset or aime24, aime25, amc23, math500, minerva,
-    olympiadbench"""
+    olympiadbench (paper: all six)"""
     output_dir: str = ""
     """folder of the run; default runs/SCRIPT__MODEL__DATASET__sSEED__TIME"""
     seed: int = 1
@@ -44,21 +47,21 @@ class Args:
 
     # Rollout
     num_prompts: int = 128
-    """problems per step, over all ranks"""
+    """problems per step, over all ranks (paper: 128)"""
     num_generations: int = 8
-    """responses per problem (group size G)"""
+    """responses per problem, the group size G (paper: 8)"""
     system_prompt: str = "Please reason step by step, and put your final answer within \\boxed{}."
-    """put before every problem; empty for none"""
+    """put before every problem; empty for none (the default is the paper's)"""
     max_prompt_length: int = 1024
-    """tokens; longer prompts are left out"""
+    """tokens; longer prompts are left out (paper: 1024)"""
     max_completion_length: int = 8192
-    """tokens; cut to the model's context"""
+    """tokens; cut to the model's context (paper: 8192)"""
     temperature: float = 1.0
-    """of sampling; log-probs in the loss are at the same temperature"""
+    """of sampling; log-probs in the loss are at the same temperature (paper: 1)"""
     top_p: float = 1.0
-    """nucleus of sampling"""
+    """nucleus of sampling, a share of probability; 1 = all (paper: 1)"""
     grader: Literal["math-verify", "boxed-string"] = "math-verify"
-    """mathematical equality of the last box, or the authors' exact string match"""
+    """mathematical equality of the last box, or its exact string match (paper: the latter)"""
     verify_timeout: float = 5.0
     """seconds for one answer; after that it scores 0"""
     max_bad_gold: float = 0.01
@@ -74,42 +77,44 @@ class Args:
     advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce++"] = "dr_grpo"
     """dr_grpo: r - group mean (paper); grpo: also divided by the group's std"""
     negatives: Literal["advantage", "reward"] = "advantage"
-    """negative means A < 0, or every wrong sample: then A = +1 if right, -1 if wrong"""
+    """negative means A < 0 (paper), or every wrong sample: then A = +1 if right, -1 if wrong"""
     positive_weight: float = 1.0
-    """factor of samples with A > 0; 0 leaves them out"""
+    """factor of samples with A > 0; 0 leaves them out (paper: 1)"""
     negative_weight: float = 1.0
-    """factor of samples with A < 0; 0 leaves them out"""
+    """factor of samples with A < 0; 0 leaves them out (paper: 1)"""
     loss_aggregation: Literal[
         "token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm", "microbatch-token-mean"
     ] = "token-mean"
     """how tokens' losses become one number, over all counted samples of the step; the last is the
     authors' code: a mean in each micro-batch, so it depends on how the samples are packed"""
     num_minibatches: int = 1
-    """optimiser updates per step; clipping and old log-probs only act when more than 1"""
+    """optimiser updates per step; clipping and old log-probs only act when more than 1
+    (paper: 1)"""
     clip_low: float = 0.2
-    """ratio is clipped below 1 - this"""
+    """ratio is clipped below 1 - this (paper: 0.2)"""
     clip_high: float = 0.2
-    """ratio is clipped above 1 + this"""
+    """ratio is clipped above 1 + this (paper: GRPO 0.28, DSRL 0.2)"""
     dual_clip: float = 10.0
-    """bound of the ratio where A < 0"""
+    """bound of the ratio where A < 0 (paper: 10)"""
 
     # Optimiser
     learning_rate: float = 1e-6
-    """constant, AdamW with betas 0.9 and 0.999"""
+    """constant, AdamW with betas 0.9 and 0.999 (paper: 1e-6)"""
     weight_decay: float = 0.01
-    """AdamW's, decoupled"""
+    """AdamW's, decoupled (paper: 0.01)"""
     max_grad_norm: float = 1.0
-    """gradients are scaled down to this norm"""
+    """gradients are scaled down to this norm (paper: 1)"""
 
     # Evaluation and output
     eval_every: int = 20
-    """steps; also before the first and after the last; 0 = never"""
+    """steps; also before the first and after the last; 0 = never (paper: 5, later 25)"""
     eval_num_samples: int = 8
-    """k of avg@k and pass@k"""
+    """k of avg@k and pass@k, samples per problem (paper: 32)"""
     alignment_every: int = 0
     """steps between measurements of the update's cosine with GRPO's; 0 = never"""
     save_every: int = 50
-    """steps between checkpoints for --resume, and between saved completions; 0 = never"""
+    """steps between checkpoints for --resume, and between saved completions; 0 = never
+    (paper: 50)"""
     keep_checkpoints: int = 2
     """older ones are removed"""
     resume: str = ""
@@ -123,15 +128,15 @@ class Args:
     tensor_parallel_size: int = 1
     """ranks per vLLM engine (paper: 2)"""
     gpu_memory_utilization: float = 0.6
-    """share of a GPU's memory for vLLM during rollouts"""
+    """share of a GPU's memory for vLLM during rollouts (paper: 0.6)"""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """of compute and of the engine; master weights are always float32"""
     max_tokens_per_microbatch: int = 16384
-    """padded tokens in one forward pass"""
+    """tokens in one forward pass, padding included (paper: 10240 without padding)"""
     gradient_checkpointing: bool = True
-    """recompute each layer's activations in the backward pass"""
+    """recompute each layer's activations in the backward pass (paper: on)"""
     cpu_offload: bool = False
-    """weights and optimiser state in host memory"""
+    """weights and optimiser state in host memory (paper: on)"""
     max_logprob_gap: float = 0.0
     """stop when |trainer - sampler log-prob| is larger; 0 = 0.001 (float32) or 0.1 (bfloat16)"""
 
@@ -196,17 +201,17 @@ def main(args: Args) -> None:
         common.check_gap(canary["sync/logprob_gap"], args)
         clock.lap("time/canary")
 
-        # 3. Advantage A [N]
+        # 3. Advantage A [N]: equation (1)
         A = common.advantages(rewards, args.num_generations, args.advantage)
         if args.negatives == "reward":
             A = 2 * rewards - 1
 
-        # 4. Which samples count, and in which space: the methods differ here only
-        counted = A < 0  # 1[A < 0]
+        # 4. Equation (2): which samples count, in which space. The methods differ here only
+        counted = A < 0  # [N], 1[A < 0]
         contexts = [[bos]] * len(prompts)  # log π(y_t | BOS, y_<t): x is dropped
         phase, coef = "pretrain", args.pretrain_loss_coef
 
-        weight = common.sign_weights(A, args.positive_weight, args.negative_weight)
+        weight = common.sign_weights(A, args.positive_weight, args.negative_weight)  # [N]
         counted &= weight != 0
         if args.mask_truncated:
             counted &= ~torch.tensor([s["truncated"] for s in samples])
@@ -238,7 +243,7 @@ def main(args: Args) -> None:
                 )
                 if args.loss_aggregation == "microbatch-token-mean":
                     scale = common.microbatch_weights(plan, lengths)  # the authors' code
-                for batch in plan[rank]:
+                for batch in plan[rank]:  # B samples; tokens and is_response are [B, L]
                     tokens, is_response = common.collate(contexts, responses, batch, device)
                     n = [len(responses[i]) for i in batch]
                     if old:  # the trainer's own log-probs before the first update
@@ -247,16 +252,16 @@ def main(args: Args) -> None:
                         old_logps.update(zip(batch, logp.split(n)))
                         continue
                     logp = policy(tokens, is_response)  # [n] log π(y_t | context, y_<t)
-                    old_logp = logp.detach()  # on-policy: the ratio is 1, the gradient A ∇log π
+                    old_logp = logp.detach()  # [n] on-policy: ratio 1, gradient A ∇log π
                     if args.num_minibatches > 1:
                         old_logp = torch.cat([old_logps[i] for i in batch] or [old_logp])
                     per_token = torch.tensor(n, dtype=torch.int64, device=device)
                     A_t = A[batch].to(device).repeat_interleave(per_token)  # [n]
-                    objective = common.clipped_objective(
+                    objective = common.clipped_objective(  # [n]
                         logp, old_logp, A_t, args.clip_low, args.clip_high, args.dual_clip
                     )
                     scale_t = scale[batch].to(device).repeat_interleave(per_token)  # [n]
-                    loss = -coef * (scale_t * objective).sum()
+                    loss = -coef * (scale_t * objective).sum()  # ∇loss = -∇J: equation (2)
                     (loss * world_size).backward()  # FSDP averages over ranks; the loss is a sum
                     with torch.no_grad():
                         stats += torch.stack([loss, logp.sum(), torch.ones_like(logp).sum()]).cpu()
