@@ -1,0 +1,165 @@
+"""GPU memory that a run needs, worked out from the model's shape: the table in README.md.
+
+    python benchmark/hardware.py            # the table
+    python benchmark/hardware.py --terms    # every term of it
+
+Nothing here is measured. All figures are per GPU, of 80 GB cards, for the scripts' default lengths
+(1024 + 8192 tokens, cut to the model's context). A GPU holds the trainer and a vLLM engine, and
+there are two peaks: in the update the engine sleeps, in the rollout the trainer's state stays.
+"""
+
+import sys
+from dataclasses import dataclass
+
+GIB = 2**30
+GPU = 79.0  # GiB that an 80 GB card leaves to a process
+FIXED = 3.0  # GiB: CUDA context, NCCL, the engine's CUDA graphs. A guess
+ENGINE_WORK = 4.0  # GiB: the engine's activations and logits. A guess
+SPARE = 0.1  # of the update's peak, for fragmentation. A guess
+ROLLOUT_LIMIT = 0.97  # share of the card that the rollout may fill: its parts are known in advance
+CHUNK = 2048  # tokens whose logits exist at once: common.Policy
+DEFAULT_UTILIZATION, DEFAULT_TOKENS = 0.6, 16384  # the scripts' defaults
+KV_SEQUENCES = 8  # an engine that holds fewer whole sequences is starved
+
+
+@dataclass
+class Shape:
+    """A Qwen2 or Qwen3 config.json, as far as memory depends on it."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    tied: bool  # one matrix is both embedding and head
+    qwen3: bool  # norms of q and k instead of biases
+    context: int
+
+    @property
+    def layer(self) -> int:
+        """Parameters of one decoder layer."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        attention = 2 * self.hidden * q + 2 * self.hidden * kv
+        extra = 2 * self.head_dim if self.qwen3 else q + 2 * kv
+        return attention + extra + 3 * self.hidden * self.intermediate + 2 * self.hidden
+
+    @property
+    def ends(self) -> int:
+        """Parameters of embedding and head, which FSDP gathers together around the forward."""
+        return self.vocab * self.hidden * (1 if self.tied else 2)
+
+    @property
+    def parameters(self) -> int:
+        return self.layers * self.layer + self.ends + self.hidden
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest sequence."""
+        return min(1024 + 8192, self.context)
+
+
+MODELS = {
+    "Qwen2.5-1.5B": Shape(28, 1536, 8960, 12, 2, 128, 151936, True, False, 131072),
+    "Qwen3-4B": Shape(36, 2560, 9728, 32, 8, 128, 151936, True, True, 40960),
+    "Qwen2.5-Math-7B": Shape(28, 3584, 18944, 28, 4, 128, 152064, False, False, 4096),
+}
+
+
+def update_terms(m: Shape, gpus: int, tokens: int, offload: bool) -> dict[str, float]:
+    """Bytes at the update's peak. The step has four moments of which the largest counts."""
+    # float32: weights 4, gradients 4, AdamW's two moments 8; sharded over the GPUs
+    state = 0 if offload else 16 * m.parameters / gpus
+    tokens = max(tokens, m.length)  # one sample alone may exceed --max-tokens-per-microbatch
+    checkpoints = 2 * m.layers * tokens * m.hidden  # bfloat16 input of every layer
+    head = m.vocab * m.hidden
+    gathered = 2 * m.ends  # bfloat16 embedding and head
+    # What autograd keeps of one layer, bytes a token: 4 tensors of the MLP, two norms, attention
+    q, kv = m.heads * m.head_dim, m.kv_heads * m.head_dim
+    a_token = 8 * m.intermediate + 16 * m.hidden + 2 * (q + 2 * kv) + 2 * (q + kv) + 6 * q
+    moments = {
+        # float32 gradient of the head, and a chunk's logits with their gradient
+        "head": gathered + checkpoints + 4 * head + max(8 * CHUNK * m.vocab, 2 * head),
+        # two gathered layers, one's gradient in bfloat16 and float32, its activations and theirs
+        "layer": gathered + 2 * head + checkpoints + (4 + 6) * m.layer + 1.5 * a_token * tokens,
+        # embedding and head: bfloat16 gradients, and the float32 copy that is reduced
+        "reduce": gathered + 6 * m.ends,
+        # three float32 temporaries of AdamW for the largest matrix: it goes through DTensors singly
+        "optimizer": 0 if offload else 12 * head / gpus,
+    }
+    return {"state": state, **moments, "peak": state + max(moments.values()) + FIXED * GIB}
+
+
+def rollout_terms(m: Shape, gpus: int, tp: int, share: float, offload: bool) -> dict[str, float]:
+    """Bytes during the rollout: the trainer's state stays, the engine takes its share."""
+    state = 0 if offload else 12 * m.parameters / gpus  # gradients are gone
+    # The engine's head is never tied: common.make_engine
+    weights = 2 * (m.parameters + (m.vocab * m.hidden if m.tied else 0)) / tp
+    cache = share * GPU * GIB - weights - ENGINE_WORK * GIB
+    a_token = 2 * 2 * m.layers * m.kv_heads * m.head_dim / tp  # bfloat16 keys and values
+    return {
+        "state": state,
+        "engine": share * GPU * GIB,
+        "weights": weights,
+        "cache": cache,
+        "sequences": cache / a_token / m.length,
+        "peak": state + share * GPU * GIB + FIXED * GIB,
+        "host": gpus * weights
+        + (16 * m.parameters if offload else 0),  # the sleeping engines' copy
+    }
+
+
+def plan(m: Shape, gpus: int) -> tuple[list[str], dict, dict]:
+    """The fewest flags with which both peaks fit: smaller micro-batches first, then offloading."""
+    for tokens, offload in ((DEFAULT_TOKENS, False), (8192, False), (DEFAULT_TOKENS, True)):
+        update = update_terms(m, gpus, tokens, offload)
+        state = 0 if offload else 12 * m.parameters / gpus / GIB
+        free = ROLLOUT_LIMIT * GPU - FIXED - state
+        share = min(DEFAULT_UTILIZATION, int(free / GPU * 20) / 20)  # in steps of 0.05
+        rollout = rollout_terms(m, gpus, 1, share, offload)
+        if update["peak"] * (1 + SPARE) < GPU * GIB and rollout["sequences"] >= KV_SEQUENCES:
+            break
+    flags = ["--cpu-offload"] if offload else []
+    if share != DEFAULT_UTILIZATION:
+        flags.append(f"--gpu-memory-utilization {share:.2g}")
+    if tokens != DEFAULT_TOKENS:
+        flags.append(f"--max-tokens-per-microbatch {tokens}")
+    return flags, update, rollout
+
+
+def table() -> str:
+    """Markdown: a row for each model and number of GPUs."""
+    lines = [
+        "| model (longest sequence) | GPUs | update, GiB | rollout, GiB | whole sequences "
+        "in the KV cache | host, GiB | flags to add |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, m in MODELS.items():
+        for gpus in (1, 2, 4, 8):
+            flags, update, rollout = plan(m, gpus)
+            shown = f"{name} ({m.length:,})" if gpus == 1 else ""
+            lines.append(
+                f"| {shown} | {gpus} | {update['peak'] / GIB:.0f} | {rollout['peak'] / GIB:.0f} "
+                f"| {rollout['sequences']:.0f} | {rollout['host'] / GIB:.0f} "
+                f"| {'`' + ' '.join(flags) + '`' if flags else 'none'} |"
+            )
+    return "\n".join(lines)
+
+
+def print_terms() -> None:
+    for name, m in MODELS.items():
+        print(f"{name}: {m.parameters:,} parameters, {m.layer:,} a layer")
+        for gpus in (1, 2, 4, 8):
+            flags, update, rollout = plan(m, gpus)
+            print(f"  {gpus} GPUs {' '.join(flags)}")
+            for kind, terms in (("update", update), ("rollout", rollout)):
+                sequences = terms.pop("sequences", None)
+                shown = "  ".join(f"{key} {value / GIB:.1f}" for key, value in terms.items())
+                print(
+                    f"    {kind:8}{shown}" + (f"  sequences {sequences:.0f}" if sequences else "")
+                )
+
+
+if __name__ == "__main__":
+    print_terms() if "--terms" in sys.argv else print(table())
