@@ -17,6 +17,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import harness  # noqa: E402
+
 SCRIPTS = ["grpo_baseline", "prerl", "nsr_prerl", "dsrl"]
 PAGES = {"grpo.md": "grpo_baseline", **{f"{name}.md": name for name in SCRIPTS[1:]}}
 PAGES |= {"fidelity.md": None, "forking.md": None, "study.md": None}
@@ -88,34 +91,32 @@ def hunks(script: str) -> list[str]:
 
 
 def flags_table(script: str) -> str:
-    """Flag, default and meaning, from the fields of Args and the strings under them."""
+    """Flag, default and meaning, by the sections of Args, which --help has too."""
     source = (ROOT / f"{script}.py").read_text()
-    args = next(
-        n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == "Args"
-    )
-    lines = "| flag | default | meaning |\n|---|---|---|\n"
-    for field, doc in zip(args.body, args.body[1:]):
-        if isinstance(field, ast.AnnAssign):
-            default = ast.literal_eval(field.value)
-            default = " ".join(default) if isinstance(default, tuple) else default
-            shown = f"`{default}`" if default != "" else "none"
-            if isinstance(default, bool):
-                shown = "on" if default else "off"
-            meaning = " ".join(doc.value.value.split()).replace("|", "\\|")
-            if (
-                isinstance(field.annotation, ast.Subscript)
-                and field.annotation.value.id == "Literal"
-            ):
-                choices = [ast.literal_eval(c) for c in field.annotation.slice.elts]
-                meaning += f" ({', '.join(f'`{c}`' for c in choices)})"
-            meaning = re.sub(r"<\|(\w+)\|>|<\\\|(\w+)\\\|>", r"`<\\|\1\2\\|>`", meaning)
-            lines += f"| `--{field.target.id.replace('_', '-')}` | {shown} | {meaning} |\n"
+    args = next(n for n in ast.parse(source).body if getattr(n, "name", "") == "Args")
+    defaults = {f.target.id: f.value for f in args.body if isinstance(f, ast.AnnAssign)}
+    lines, before = "| flag | default | meaning |\n|---|---|---|\n", ""
+    for section, name, kind, meaning in harness.read_flags(source):
+        lines += f"| **{section}** | | |\n" if section != before else ""
+        before, default = section, ast.literal_eval(defaults[name])
+        default = " ".join(default) if isinstance(default, tuple) else default
+        shown = f"`{default}`" if default != "" else "none"
+        if isinstance(default, bool):
+            shown = "on" if default else "off"
+        if "|" in kind:
+            meaning += f" ({', '.join(f'`{choice}`' for choice in kind.split('|'))})"
+        meaning = re.sub(r"(<\\\|\w+\\\|>)", r"`\1`", meaning.replace("|", "\\|"))
+        lines += f"| `--{name.replace('_', '-')}` | {shown} | {meaning} |\n"
     return lines
 
 
-def metrics_table() -> str:
+def metrics_table(script: str) -> str:
+    """The keys of metrics.jsonl; GRPO's alignment with itself is not measured."""
+    left_out = {"alignment/cosine_to_grpo"} if script == "grpo_baseline" else set()
     lines = "| key | meaning |\n|---|---|\n"
-    return lines + "".join(f"| `{key}` | {meaning} |\n" for key, meaning in METRICS.items())
+    return lines + "".join(
+        f"| `{key}` | {meaning} |\n" for key, meaning in METRICS.items() if key not in left_out
+    )
 
 
 def number_links(text: str) -> str:
@@ -157,7 +158,7 @@ def render(text: str, script: str | None) -> str:
         if left:
             sys.exit(f"error: the page of {script}.py does not explain:\n" + "\n".join(left))
         text = fill(text, "flags", flags_table(script))
-        text = fill(text, "metrics", metrics_table())
+        text = fill(text, "metrics", metrics_table(script))
     return number_links(text)
 
 
