@@ -1,8 +1,8 @@
 """Pre-train the lab's base model from nothing, or measure it.
 
 `python lab/pretrain.py` writes lab/base/; `python lab/pretrain.py --measure` samples it and prints
-its figures. The study's other worlds: `--world paired --checkpoint runs/worlds/paired/base`, or from
-the lab's base in a quarter of the time: `--world short --start lab/base --steps 500 ...`.
+its figures. The study's other worlds: `--world paired --checkpoint runs/worlds/paired/base`, or
+from the lab's base in a quarter of the time, `--world short --start lab/base --steps 500`.
 """
 
 import json
