@@ -7,6 +7,7 @@ A page marks them with comments, which a browser does not show:
     <!-- hunk: TEXT -->        the hunk of the diff from grpo_baseline.py that holds TEXT
     <!-- flags -->             a table of the script's flags
     <!-- metrics -->           a table of metrics.jsonl's keys
+    <!-- hardware -->          the table of benchmark/hardware.py
     [FILE:1](../FILE#L1)<!-- TEXT -->    a link to the only line of FILE that holds TEXT
 """
 
@@ -19,10 +20,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import harness  # noqa: E402
+from benchmark import hardware  # noqa: E402
 
 SCRIPTS = ["grpo_baseline", "prerl", "nsr_prerl", "dsrl"]
 PAGES = {"grpo.md": "grpo_baseline", **{f"{name}.md": name for name in SCRIPTS[1:]}}
-PAGES |= {"fidelity.md": None, "forking.md": None, "study.md": None}
+PAGES |= {"fidelity.md": None, "forking.md": None, "../README.md": None, "study.md": None}
 
 # Every key of metrics.jsonl; NAME is an evaluation set's name, k is --eval-num-samples.
 METRICS = {
@@ -159,6 +161,8 @@ def render(text: str, script: str | None) -> str:
             sys.exit(f"error: the page of {script}.py does not explain:\n" + "\n".join(left))
         text = fill(text, "flags", flags_table(script))
         text = fill(text, "metrics", metrics_table(script))
+    if "<!-- hardware -->" in text:
+        text = fill(text, "hardware", hardware.table())
     return number_links(text)
 
 
