@@ -1,17 +1,35 @@
-"""The documentation: generated parts are up to date, links lead somewhere, the example works."""
+"""The documentation: generated parts are up to date, links, flags, figures and commands hold."""
 
+import difflib
+import importlib
+import itertools
 import json
+import os
 import re
+import shlex
 import subprocess
 import sys
 
 import pytest
-from test_scripts import ROOT, SMALL
+import torch
+import yaml
+from test_scripts import ROOT, SCRIPTS, SMALL
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
+
+import harness
+from benchmark import hardware
 
 sys.path.insert(0, str(ROOT / "docs"))
 import generate
 
-PAGES = [p for p in ROOT.rglob("*.md") if not {".venv", "runs"} & set(p.relative_to(ROOT).parts)]
+
+def ours(pattern: str) -> list:
+    """Files of the working tree, without environments, caches and runs."""
+    paths = [p.relative_to(ROOT) for p in ROOT.rglob(pattern)]
+    return [ROOT / p for p in paths if not re.search(r"(^|/)(\.|runs/)", str(p))]
+
+
+PAGES = ours("*.md")
 
 
 @pytest.mark.parametrize("name", generate.PAGES)
@@ -27,6 +45,7 @@ def test_links_lead_somewhere(page):
             continue
         path, _, anchor = target.partition("#")
         assert (page.parent / path).exists(), target
+        assert not anchor or re.fullmatch(r"L\d+", anchor), f"{target}: only lines are checked"
         if anchor.startswith("L"):
             assert int(anchor[1:]) <= len((page.parent / path).read_text().splitlines()), target
 
@@ -49,3 +68,145 @@ def test_forking_example(tmp_path):
     finally:
         script.unlink()
     assert losses[0] != pytest.approx(losses[1], rel=0.01)
+
+
+def test_forking_example_is_short():
+    """A fifth script in 30 changed lines, docstring included."""
+    before = (ROOT / "nsr_prerl.py").read_text().splitlines()
+    diff = difflib.unified_diff(before, generate.worked_example().splitlines(), n=0, lineterm="")
+    assert 0 < sum(line[0] in "+-" and line[:3] not in ("+++", "---") for line in diff) <= 30
+
+
+@pytest.mark.parametrize(("a", "b"), list(itertools.combinations(SCRIPTS, 2)))
+def test_any_two_scripts_differ_by_the_method_only(a, b):
+    """Under 60 changed lines outside the docstring, and the numbered sections are the same."""
+    code = []
+    for name in (a, b):
+        text = (ROOT / f"{name}.py").read_text().partition('"""\n\nimport')[2]
+        code.append(text.splitlines())
+        assert re.findall(r"\n +# (\d)\. ", text) == list("01234567")
+    diff = difflib.unified_diff(*code, n=0, lineterm="")
+    changed = [x for x in diff if x[0] in "+-" and not x.startswith(("+++", "---"))]
+    assert 0 < len(changed) < 60, "\n".join(changed)
+    assert not [line for line in changed if re.search(r"# \d\. ", line)]
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, "evaluate", "grad_alignment"])
+def test_help(name):
+    """Every flag, in sections, at 100 columns; the preset's defaults."""
+    Args = importlib.import_module(name).Args
+    text = harness.help_text(Args, Args())
+    assert max(map(len, text.splitlines())) <= 100
+    for field in vars(Args()):
+        assert f"  --{field.replace('_', '-')} " in text
+    if name in SCRIPTS:
+        for section in ("Run", "Rollout", "Method", "Optimiser", "Machine"):
+            assert f"\n\n{section}\n" in text
+
+
+def test_help_shows_the_presets_defaults():
+    done = subprocess.run(
+        [sys.executable, "dsrl.py", "--preset", "lab", "--help"],
+        cwd=ROOT, text=True, capture_output=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0 and "lab/base]" in done.stdout.replace("\n" + 32 * " ", "")
+
+
+def test_flags_in_the_pages_exist():
+    """Every --flag that a page names belongs to a program of this project, or is listed here."""
+    known = set("--nnodes --nproc-per-node --node-rank --master-addr --master-port".split())
+    known |= set("--shutdown-timeout --model_args --tasks --batch_size".split())  # not ours
+    for program in ours("*.py"):
+        text = program.read_text()
+        if program.parent.name != "tests":
+            known |= set(re.findall(r'"(--[a-z][a-z-]+)"', text))  # argparse's and sys.argv's
+        if "\nclass Args:" in text:
+            fields = {field for _, field, _, _ in harness.read_flags(text)}
+            known |= {f"--{field.replace('_', '-')}" for field in fields}
+    for page in PAGES:
+        for flag in re.findall(r"(?<![\w-])--[a-z][a-z_-]+", page.read_text()):
+            assert flag in known, f"{page.name}: {flag}"
+
+
+def test_results_are_the_studys():
+    """A mean with its interval in the README or a method's page stands in the study's tables."""
+    study = (ROOT / "docs" / "study.md").read_text()
+    found = 0
+    for page in (ROOT / "README.md", *(ROOT / "docs" / name for name in generate.PAGES)):
+        for value in re.findall(r"[\d.]+ ± [\d.]*\d", page.read_text()):
+            assert value in study, f"{page.name}: {value}"
+            found += 1
+    assert found > 20
+
+
+@pytest.mark.parametrize("name", hardware.MODELS)
+def test_hardware_counts_the_models_parameters(name):
+    """The shapes of benchmark/hardware.py, against transformers' models on the meta device."""
+    m = hardware.MODELS[name]
+    config = (Qwen3Config if m.qwen3 else Qwen2Config)(
+        num_hidden_layers=m.layers,
+        hidden_size=m.hidden,
+        intermediate_size=m.intermediate,
+        num_attention_heads=m.heads,
+        num_key_value_heads=m.kv_heads,
+        head_dim=m.head_dim,
+        vocab_size=m.vocab,
+        tie_word_embeddings=m.tied,
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert sum(p.numel() for p in model.parameters()) == m.parameters
+    assert sum(p.numel() for p in model.model.layers[0].parameters()) == m.layer
+
+
+def test_pre_commit_hooks_are_clean():
+    """What .pre-commit-config.yaml runs before a commit, on every Python file in git."""
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    files = subprocess.run(
+        ["git", "ls-files", "*.py"], cwd=ROOT, text=True, capture_output=True, check=False
+    ).stdout.split()
+    if not files:
+        pytest.skip("not a git repository")
+    for hook in (hook for repo in config["repos"] for hook in repo["hooks"]):
+        program, *words = shlex.split(hook["entry"])
+        assert program == ".venv/bin/ruff"
+        done = subprocess.run(
+            [sys.executable, "-m", "ruff", *words, *files],
+            cwd=ROOT, text=True, capture_output=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def readme_commands(text: str) -> tuple[list[str], list[str]]:
+    """The lines of the README's fenced blocks: those that run here, and those that need more."""
+    here, elsewhere = [], []
+    for kind, block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.S | re.M):
+        assert kind == "sh", f"a block of {kind or 'unnamed'} text is neither run nor checked"
+        for line in block.splitlines():
+            (elsewhere if "# needs " in line else here).append(line)
+    return here, elsewhere
+
+
+@pytest.mark.slow
+def test_readme_in_a_fresh_clone(tmp_path):
+    """Every command of the README that does not say what it needs, in order, in a clone."""
+    clone = tmp_path / "clone"
+    done = subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=False)
+    if done.returncode:
+        pytest.skip("not a git repository")
+    here, elsewhere = readme_commands((clone / "README.md").read_text())
+    assert here[0].startswith("make demo") and len(here) >= 3 and len(elsewhere) >= 3
+    # Set-up takes minutes and a network: the clone gets this one's .venv, newer than its needs.
+    (clone / ".venv").symlink_to(ROOT / ".venv")
+    for name in ("requirements.txt", "requirements-cpu.txt"):
+        os.utime(clone / name, (0, 0))
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    for line in here:
+        done = subprocess.run(
+            line, shell=True, cwd=clone, env=env, text=True, capture_output=True, check=False
+        )
+        assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+    finished = sorted(folder.name.split("__")[0] for folder in (clone / "runs").iterdir())
+    assert finished == ["dsrl", "grpo_baseline"] and (clone / "curves.png").stat().st_size > 1e4
+    for folder in (clone / "runs").iterdir():
+        assert (folder / "model" / "config.json").is_file()
