@@ -8,7 +8,8 @@ A page marks them with comments, which a browser does not show:
     <!-- flags -->             a table of the script's flags
     <!-- metrics -->           a table of metrics.jsonl's keys
     <!-- hardware -->          the table of benchmark/hardware.py
-    [FILE:1](../FILE#L1)<!-- TEXT -->    a link to the only line of FILE that holds TEXT
+    [FILE:1](../FILE#L1)<!-- TEXT -->    a link to the only line of FILE that holds TEXT, or else
+                               to the only one that begins with it
 """
 
 import ast
@@ -128,6 +129,8 @@ def number_links(text: str) -> str:
         file, wanted = match[1], match[2]
         lines = (ROOT / file).read_text().splitlines()
         at = [i for i, line in enumerate(lines, 1) if wanted in line]
+        if len(at) > 1:
+            at = [i for i in at if lines[i - 1].startswith(wanted)]
         if len(at) != 1:
             sys.exit(f"error: {wanted!r} is on {len(at)} lines of {file}; a link needs exactly one")
         return f"[{file}:{at[0]}](../{file}#L{at[0]})<!-- {wanted} -->"
