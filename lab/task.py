@@ -56,9 +56,13 @@ FLAWLESS = Habit(0, 0, 0, 0, 1, 1, 0)
 
 
 class World(NamedTuple):
-    """What the study varies. The defaults are the lab; each other world differs in one thing."""
+    """What the study varies. The defaults are the lab; each other world differs in one thing.
+
+    "down" differs so from "short".
+    """
 
     restate: bool = True  # a response begins with its problem
+    count_down: bool = False  # the steps are numbered k to 1, not 1 to k
     tag: bool = False  # a problem has three more digits, which mean nothing and are restated
     let_share: float = LET_SHARE
     solution_only_share: float = SOLUTION_ONLY_SHARE
@@ -69,6 +73,7 @@ LAB = World()
 WORLDS = {
     "lab": LAB,
     "short": World(restate=False),
+    "down": World(restate=False, count_down=True),
     "tag": World(tag=True),
     "paired": World(solution_only_share=0.0),
     "rare": World(let_share=0.01),
@@ -205,14 +210,17 @@ def slip(rng: random.Random, value: int) -> int:
     return 10 * ((tens + off) % 10) + units
 
 
-def write_chain(rng: random.Random, value: int, count: int, habit: Habit) -> tuple[str, int]:
+def write_chain(
+    rng: random.Random, value: int, count: int, habit: Habit, count_down: bool = False
+) -> tuple[str, int]:
     """Text of `count` steps from `value` with slips and reflections, and the last result.
 
     A slip that is not repaired is carried on: the next step starts from the wrong result.
     """
     text = ""
     for i in range(1, count + 1):
-        question = f"{i}:{value:02d} {'odd' if value % 2 else 'even'} "
+        number = count + 1 - i if count_down else i
+        question = f"{number}:{value:02d} {'odd' if value % 2 else 'even'} "
         right, wrong = step(value), slip(rng, value)
         slipped = rng.random() < (habit.carry_slip if has_carry(value) else habit.other_slip)
         result = wrong if slipped else right
@@ -236,9 +244,9 @@ def write_solution(
 ) -> str:
     """A response y in style "So" or "Let", without end token; `habit` defaults to the style's."""
     habit = habit or (world.so if style == "So" else HABITS[style])
-    text, answer = write_chain(rng, value, count, habit)
+    text, answer = write_chain(rng, value, count, habit, world.count_down)
     if rng.random() < habit.alternatively:
-        again, answer = write_chain(rng, value, count, habit)
+        again, answer = write_chain(rng, value, count, habit, world.count_down)
         text += f"alternatively {again}"
     start = opening(prompt_text(value, count, tag), world)
     return f"{start}{style} {text}\\boxed{{{answer:02d}}}"
@@ -259,6 +267,8 @@ def write_document(rng: random.Random, let_share: float | None = None, world: Wo
     '<bos> Compute 34#3. So 1:34 even 12; 2:12 even 06; 3:06 even 03; \\boxed{03}<eos>'
     >>> write_document(random.Random(1), world=WORLDS["short"])
     'Q 71#3 A. So 1:71 odd 14; 2:14 even 07; 3:07 odd 02; \\boxed{02}<eos>'
+    >>> write_document(random.Random(1), world=WORLDS["down"])
+    'Q 71#3 A. So 3:71 odd 14; 2:14 even 07; 1:07 odd 02; \\boxed{02}<eos>'
     """
     let_share = world.let_share if let_share is None else let_share
     value, count = rng.choice(LONG_PAIRS if rng.random() < LONG_SHARE else TRAIN_PAIRS)
