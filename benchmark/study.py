@@ -1,16 +1,18 @@
-"""The study: every method and ablation in the lab, three seeds each.
+"""The study: every method and ablation in the lab, three seeds each, and some in other worlds.
 
     python benchmark/study.py run                  restartable: done runs are not repeated
     python benchmark/study.py run --only grpo dsrl-10 --seeds 1
+    python benchmark/study.py worlds               the same for WORLDS, pre-training included
     python benchmark/study.py report               docs/study/*.png and tables, from the CSV files
 
-Each run is one command line of a script, printed as it starts. `run` ends by writing
+Each run is one command line of a script, printed as it starts. `run` and `worlds` end by writing
 benchmark/results/*.csv; `report` needs these files only, not the runs.
 """
 
 import csv
 import dataclasses
 import json
+import math
 import os
 import re
 import shlex
@@ -80,6 +82,30 @@ GUARD = {
     for name, flags in (("grpo_baseline", ""), ("dsrl", "--warmup-steps 4"))
 }
 
+# Each differs from the lab, the study above, in one thing: its corpus (WORLDS of lab/task.py), the
+# seed of its base, or, in "harder", the problems: 6 to 8 steps. With the flags of its pre-training;
+# most go on from the lab's base, which takes a quarter of the time.
+GO_ON = "--start lab/base --rich-share 0 --steps 500 --learning-rate 1e-3"
+WORLDS = {
+    "lab": ("lab", None),
+    "short": ("short", GO_ON),
+    "down": ("down", GO_ON),
+    "tag": ("tag", GO_ON),
+    "paired": ("paired", ""),
+    "rare": ("rare", GO_ON),
+    "sloppy": ("sloppy", GO_ON),
+    "seed2": ("lab", "--seed 2"),
+    "harder": ("lab", None),
+}
+WORLD_METHODS = ("grpo", "nsr-prerl", "dsrl-10", "nsr-rl-then-rl")
+SHOWN = ("grpo", "prerl", "nsr-prerl", "nsr-prerl-late", "nsr-prerl-1e-4", "dsrl-10")
+SHOWN += ("nsr-rl-then-rl",)
+WORLD_VARIANTS = {
+    **VARIANTS,
+    # as far as 60 steps at the preset's 3e-4, if it is the rate times the steps that counts
+    "nsr-prerl-1e-4": "nsr_prerl.py --learning-rate 1e-4 --num-steps 180",
+}
+
 COLUMNS = {  # of the CSV file, and the key in metrics.jsonl
     "step": "step",
     "phase": "phase",
@@ -103,6 +129,9 @@ COLUMNS = {  # of the CSV file, and the key in metrics.jsonl
     },
 }
 
+WORLD_COLUMNS = COLUMNS | {"cosine": "alignment/cosine_to_grpo"}
+del WORLD_COLUMNS["seconds"]  # the worlds' runs shared the machine
+
 SAMPLES = ("restated", "right", "right for its own", "truncated", "Let")
 KS = [1, 2, 4, 8, 16, 32, 64]
 THRESHOLDS = (0.5, 0.8, 0.9)
@@ -119,13 +148,16 @@ FIGURES = {
 
 @dataclass
 class Args:
-    action: tyro.conf.Positional[Literal["run", "report"]]
-    """run the experiments, or draw the tables and figures from benchmark/results/*.csv"""
+    action: tyro.conf.Positional[Literal["run", "worlds", "report"]]
+    """run the experiments in the lab or in WORLDS, or draw the tables and figures from
+    benchmark/results/*.csv"""
     only: tuple[str, ...] = ()
-    """names of the variants to run; default all, the sweep first"""
+    """names of the variants to run; default all, the sweep first; in worlds: WORLD_METHODS"""
+    worlds: tuple[str, ...] = tuple(WORLDS)
+    """with worlds: those to run"""
     seeds: tuple[int, ...] = (1, 2, 3)
-    folder: Path = ROOT / "runs" / "study"
-    """of the runs"""
+    folder: Path = ROOT / "runs"
+    """of the folders study and worlds, which hold the runs"""
     jobs: int = 2
     """runs at a time, with a part of the cores each"""
 
@@ -135,9 +167,8 @@ def commands(args: Args) -> list[tuple[str, int, list[str], Path]]:
     known = SWEEP | VARIANTS | GUARD
     for name in set(args.only) - set(known):
         sys.exit(f"error: --only {name}: no such variant; they are {', '.join(known)}")
-    hard = args.folder / "hard.jsonl"
-    hard.parent.mkdir(parents=True, exist_ok=True)
-    hard.write_text("".join(json.dumps(problem) + "\n" for problem in task.problems("hard")))
+    hard = args.folder / "study" / "hard.jsonl"
+    write_problems(hard, task.problems("hard"))
     common = ["--preset", "lab", "--eval-every", "10", "--eval-datasets", "lab", str(hard)]
     found = []
     for group, seeds in ((SWEEP, (SWEEP_SEED,)), (VARIANTS, args.seeds), (GUARD, args.seeds)):
@@ -145,11 +176,16 @@ def commands(args: Args) -> list[tuple[str, int, list[str], Path]]:
             for name, command in group.items():
                 if args.only and name not in args.only:
                     continue
-                folder = args.folder / f"{name}__s{seed}"
+                folder = args.folder / "study" / f"{name}__s{seed}"
                 script, *flags = shlex.split(command)
                 line = [sys.executable, script, *common, "--seed", str(seed), *flags]
                 found.append((name, seed, [*line, "--output-dir", str(folder)], folder))
     return found
+
+
+def write_problems(path: Path, problems: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(problem) + "\n" for problem in problems))
 
 
 def do(command: list[str], threads: int, log: Path) -> int:
@@ -198,28 +234,34 @@ def run(args: Args) -> None:
         ]
         for future in work:
             future.result()
-    collect(args)
+    every = commands(dataclasses.replace(args, only=()))
+    runs = [([name, seed], folder) for name, seed, _, folder in every]
+    collect("study", ["variant", "seed"], runs, COLUMNS)
 
 
-def collect(args: Args) -> None:
-    """What the runs in --folder measured, to benchmark/results/study.csv and study_pass64.csv."""
+def collect(name: str, header: list[str], runs: list[tuple[list, Path]], columns: dict) -> None:
+    """What the runs measured, to NAME.csv, NAME_pass64.csv, NAME_samples.csv.
+
+    A run is the values of the columns `header`, of which the last two are its variant and seed, and
+    a folder.
+    """
     rows, finals, ends = [], [], []
-    for name, seed, _, folder in commands(dataclasses.replace(args, only=())):
+    for label, folder in runs:
         if not (folder / "done").exists():
             continue
         for line in (folder / "metrics.jsonl").read_text().splitlines():
             metrics = json.loads(line)
-            values = [metrics.get(key) for key in COLUMNS.values()]
+            values = [metrics.get(key) for key in columns.values()]
             values = [round(v, 4) if isinstance(v, float) else v for v in values]
-            rows.append([name, seed, *values])
+            rows.append([*label, *values])
         if (folder / "pass64" / "results.json").exists():
             hard = json.loads((folder / "pass64" / "results.json").read_text())["hard"]
-            finals.append([name, seed, *(round(hard[f"pass@{k}"], 4) for k in KS)])
-        if name in VARIANTS:
-            ends.append([name, seed, *last_samples(folder)])
-    write_csv(RESULTS / "study_samples.csv", ["variant", "seed", *SAMPLES], ends)
-    write_csv(RESULTS / "study.csv", ["variant", "seed", *COLUMNS], rows)
-    write_csv(RESULTS / "study_pass64.csv", ["variant", "seed", *map(str, KS)], finals)
+            finals.append([*label, *(round(hard[f"pass@{k}"], 4) for k in KS)])
+        if label[-2] in WORLD_VARIANTS:
+            ends.append([*label, *last_samples(folder)])
+    write_csv(RESULTS / f"{name}_samples.csv", [*header, *SAMPLES], ends)
+    write_csv(RESULTS / f"{name}.csv", [*header, *columns], rows)
+    write_csv(RESULTS / f"{name}_pass64.csv", [*header, *map(str, KS)], finals)
 
 
 def last_samples(folder: Path) -> list[float]:
@@ -229,10 +271,10 @@ def last_samples(folder: Path) -> list[float]:
     samples = pyarrow.parquet.read_table(path).to_pylist()
     for row in samples:
         problem = row["prompt"].removeprefix("Q ").removesuffix(" A")
-        counts["restated"] += row["response"].startswith(f" Compute {problem}. ")
+        own = stated(row["response"])
+        counts["restated"] += own == problem
         # judged by the problem that the response itself restates
-        own = re.match(r" Compute (\d\d)#(\d)\. ", row["response"])
-        answer = task.chain(int(own[1]), int(own[2])) if own else []
+        answer = task.chain(int(own[:2]), int(own[3])) if own else []
         box = task.boxed_answer(row["response"])
         counts["right for its own"] += bool(answer) and box == f"{answer[-1]:02d}"
         counts["right"] += row["reward"] == 1
@@ -241,9 +283,138 @@ def last_samples(folder: Path) -> list[float]:
     return [round(n / len(samples), 4) for n in counts.values()]
 
 
+def stated(response: str) -> str | None:
+    """The problem that a response restates; without a restatement, the one that it solves.
+
+    >>> stated(" Compute 81#3. So 1:81 odd 44; "), stated(" Compute 81#3#042. So 1:81 odd 44; ")
+    ('81#3', '81#3#042')
+    >>> stated(". So 1:81 odd 44; 2:44 even 22; 3:22 even 11; "), stated(". So So ")
+    ('81#3', None)
+    >>> stated(". So 3:81 odd 44; 2:44 even 22; 1:22 even 11; ")
+    '81#3'
+    """
+    if found := re.match(r" Compute (\d\d#\d(?:#\d{3})?)\. ", response):
+        return found[1]
+    if not (first := re.match(r"\. \w+ (\d):(\d\d) ", response)):
+        return None
+    count = first[1] if first[1] != "1" else re.findall(r"(\d):\d\d ", response)[-1]
+    return f"{first[2]}#{count}"
+
+
 def write_csv(path: Path, header: list[str], rows: list[list]) -> None:
     with open(path, "w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([header, *rows])
+
+
+# ---------------------------------------------------------------------------------- the worlds
+
+
+def run_worlds(args: Args) -> None:
+    for name in set(args.worlds) - set(WORLDS):
+        sys.exit(f"error: --worlds {name}: no such world; they are {', '.join(WORLDS)}")
+    for name in set(args.only) - set(WORLD_VARIANTS):
+        sys.exit(f"error: --only {name}: no such variant; they are {', '.join(WORLD_VARIANTS)}")
+    threads = max(1, len(os.sched_getaffinity(0)) // args.jobs)
+    (ROOT / "late.py").write_text(worked_example())
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for work in [pool.submit(make_base, world, args, threads) for world in args.worlds]:
+            work.result()
+        runs = [
+            (world, name, seed)
+            for seed in args.seeds
+            for world in args.worlds
+            for name in args.only or (WORLD_METHODS if world != "lab" else ())
+        ]
+        work = [pool.submit(train_in_world, *run, args, threads) for run in runs]
+        for future in work:
+            future.result()
+    collect_worlds(args)
+
+
+def base_of(world: str, args: Args) -> Path:
+    made = WORLDS[world][1] is not None
+    return args.folder / "worlds" / world / "base" if made else ROOT / "lab" / "base"
+
+
+def make_base(world: str, args: Args, threads: int) -> None:
+    """A world's problems, its base model, that model's figures and gradients, each if not there."""
+    folder, base = args.folder / "worlds" / world, base_of(world, args)
+    corpus, flags = WORLDS[world]
+    kinds = {"train": ["train"], "lab": ["test"], "hard": ["hard"]}
+    if world == "harder":  # of 6 to 8 steps: what is left of the corpus's, all but the held-out
+        kinds["train"].append("long")
+    for name, splits in kinds.items():
+        problems = [p for split in splits for p in task.problems(split, task.WORLDS[corpus])]
+        if world == "harder" and name == "train":
+            problems = [p for p in problems if int(p["problem"][5]) >= 6]
+        write_problems(folder / f"{name}.jsonl", problems)
+    pretrain = [sys.executable, "-u", "lab/pretrain.py", "--world", corpus]
+    pretrain += ["--checkpoint", str(base)]
+    if not (base / "tokenizer.json").exists():
+        do([*pretrain, *flags.split()], threads, folder / "pretrain.log")
+    if not (log := folder / "measure.log").exists() or "| figure |" not in log.read_text():
+        do([*pretrain, "--measure"], threads, log)
+    if not (folder / "alignment" / "alignment.json").exists():
+        shutil.rmtree(folder / "alignment", ignore_errors=True)
+        line = "grad_alignment.py --preset lab --num-tokens 1000 --num-finite-steps 0".split()
+        line += ["--dataset", str(folder / f"{held_out(world)}.jsonl"), "--model", str(base)]
+        line += ["--output-dir", str(folder / "alignment")]
+        do([sys.executable, *line], threads, folder / "alignment.log")
+
+
+def held_out(world: str) -> str:
+    """The held-out problems that are like a world's training problems."""
+    return "hard" if world == "harder" else "lab"
+
+
+def train_in_world(world: str, name: str, seed: int, args: Args, threads: int) -> None:
+    folder = args.folder / "worlds" / world
+    script, *flags = shlex.split(WORLD_VARIANTS[name])
+    line = [sys.executable, script, "--preset", "lab", "--model", str(base_of(world, args))]
+    line += ["--dataset", str(folder / "train.jsonl"), "--eval-every", "10", "--eval-datasets"]
+    line += [str(folder / "lab.jsonl"), str(folder / "hard.jsonl"), "--seed", str(seed), *flags]
+    line += ["--alignment-every", "10"] if script == "nsr_prerl.py" else []
+    output = folder / f"{name}__s{seed}"
+    train([*line, "--output-dir", str(output)], output, threads)
+
+
+def collect_worlds(args: Args) -> None:
+    """What is there of the worlds' runs and bases, to benchmark/results/worlds*.csv."""
+    runs, bases = [], []
+    for world in WORLDS:
+        folder = args.folder / "worlds" / world
+        for name in WORLD_VARIANTS:
+            for path in sorted(folder.glob(f"{name}__s*[0-9]")):
+                runs.append(([world, name, int(path.name.rpartition("__s")[2])], path))
+        if (folder / "alignment" / "alignment.json").exists():
+            bases.append([world, *(round(v, 4) for v in base_figures(folder).values())])
+    collect("worlds", ["world", "variant", "seed"], runs, WORLD_COLUMNS)
+    if bases:
+        header = list(base_figures(args.folder / "worlds" / bases[0][0]))
+        write_csv(RESULTS / "worlds_bases.csv", ["world", *header], bases)
+
+
+def base_figures(folder: Path) -> dict[str, float]:
+    """Of a world's base: --measure's, and how far the gradients of log π(y) are fixed by x."""
+    lines = (folder / "measure.log").read_text().splitlines()
+    measured = json.loads(next(line for line in lines if line.startswith("{")))
+    result = json.loads((folder / "alignment" / "alignment.json").read_text())
+    figures = {
+        f"{split} {key}": measured[split][key]
+        for split in ("test", "hard")
+        for key in ("avg@8", "pass@8", "share of Let", "right in So", "right if Let is forced")
+    }
+    everything = sum(token["norm_bos"] ** 2 for token in result["tokens"])
+    # the tokens that x makes more than e times as likely
+    fixed = [t for t in result["tokens"] if t["prob_x"] > math.e * t["prob_bos"]]
+    figures["nats that x adds to a token"] = result["summary"]["all"]["logprob_difference_mean"]
+    figures["tokens fixed by x"] = len(fixed) / len(result["tokens"])
+    figures["their share of |∇ log π(y_t)|²"] = sum(t["norm_bos"] ** 2 for t in fixed) / everything
+    figures["mean cosine"] = result["summary"]["all"]["cosine_mean"]
+    figures["share negative"] = result["summary"]["all"]["share_negative"]
+    for name in ("PreRL", "NSR-PreRL", "NSR-RL"):
+        figures[f"cosine of {name}"] = result["cosine_to_grpo"][name]
+    return figures
 
 
 # ---------------------------------------------------------------------------------- the report
@@ -252,15 +423,35 @@ def write_csv(path: Path, header: list[str], rows: list[list]) -> None:
 def read_results() -> tuple[dict, dict]:
     """{variant: {seed: rows}} of study.csv, {variant: [pass@k by k, for each seed]}."""
     runs, finals = {}, {}
-    with open(RESULTS / "study.csv") as file:
-        for row in csv.DictReader(file):
-            name, seed = row.pop("variant"), int(row.pop("seed"))
-            row = {k: v if k == "phase" else float(v) for k, v in row.items() if v}
-            runs.setdefault(name, {}).setdefault(seed, []).append(row)
-    with open(RESULTS / "study_pass64.csv") as file:
-        for row in csv.DictReader(file):
-            finals.setdefault(row["variant"], []).append({k: float(row[str(k)]) for k in KS})
+    for row in read_csv("study"):
+        name, seed = row.pop("variant"), int(row.pop("seed"))
+        runs.setdefault(name, {}).setdefault(seed, []).append(numbers(row))
+    for row in read_csv("study_pass64"):
+        finals.setdefault(row["variant"], []).append({k: float(row[str(k)]) for k in KS})
     return runs, finals
+
+
+def read_worlds(lab_runs: dict, lab_finals: dict) -> tuple[dict, dict]:
+    """The same of worlds.csv by world; "lab" is completed by the study's."""
+    runs = {world: {} for world in WORLDS} | {"lab": dict(lab_runs)}
+    finals = {world: {} for world in WORLDS} | {"lab": dict(lab_finals)}
+    for row in read_csv("worlds"):
+        world, name, seed = row.pop("world"), row.pop("variant"), int(row.pop("seed"))
+        runs[world].setdefault(name, {}).setdefault(seed, []).append(numbers(row))
+    for row in read_csv("worlds_pass64"):
+        of_world = finals[row["world"]].setdefault(row["variant"], [])
+        of_world.append({k: float(row[str(k)]) for k in KS})
+    return runs, finals
+
+
+def read_csv(name: str) -> list[dict]:
+    with open(RESULTS / f"{name}.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def numbers(row: dict) -> dict:
+    """A row's values as numbers, without those that are missing."""
+    return {k: v if k == "phase" else float(v) for k, v in row.items() if v}
 
 
 def interval(values: list[float], digits: int = 3) -> str:
@@ -347,14 +538,74 @@ def sweep_table(runs: dict) -> str:
 
 def samples_table() -> str:
     """Mean over seeds of what the last step's training samples are."""
-    with open(RESULTS / "study_samples.csv") as file:
-        rows = list(csv.DictReader(file))
-    lines = []
+    rows, lines = read_csv("study_samples"), []
     for name in VARIANTS:
         own = [row for row in rows if row["variant"] == name]
         cells = [" ".join(f"{float(row[key]):.2f}" for row in own) or "-" for key in SAMPLES]
         lines.append([f"`{name}`", *cells])
     return markdown(["variant (each seed)", *SAMPLES], lines)
+
+
+def bases_table() -> str:
+    """A line a world: its base model, and the gradients of that model's responses."""
+    rows = read_csv("worlds_bases")
+    header = ["world", *(key for key in rows[0] if key != "world")]
+    lines = [[f"`{r['world']}`", *(f"{float(r[k]):.3f}" for k in header[1:])] for r in rows]
+    return markdown(header, lines)
+
+
+def worlds_table(runs: dict, finals: dict) -> str:
+    """The methods in each world, on held-out problems like those of training; each seed's value."""
+    header = ["world", "method", "step 20", "end", "steps to 0.5", "steps to 0.8"]
+    header += ["reflections × at 20", "transitions × at 20", "hard pass@64, end", "restated"]
+    samples = read_csv("worlds_samples")
+    samples += [{"world": "lab", **row} for row in read_csv("study_samples")]
+    lines = []
+    for world in WORLDS:
+        on = held_out(world)
+        for name in [name for name in WORLD_VARIANTS if name in SHOWN and runs[world].get(name)]:
+            seeds = list(runs[world][name].values())
+            curves = [points(rows, f"{on} avg@8") for rows in seeds]
+            times = {
+                column: [(at(rows, column, 20), at(rows, column, 0)) for rows in seeds]
+                for column in (f"{on} reflection", f"{on} transition")
+            }
+            own = [row for row in samples if (row["world"], row["variant"]) == (world, name)]
+            line = [
+                each([at(rows, f"{on} avg@8", 20) for rows in seeds]),
+                each([curve[-1][1] for curve in curves]),
+                *(each([plot.reached(c, t) for c in curves], 0) for t in THRESHOLDS[:2]),
+                *(each([a / b if b else None for a, b in pairs], 1) for pairs in times.values()),
+                each([final[64] for final in finals[world].get(name, [])]),
+                each([float(row["restated"]) for row in own]),
+            ]
+            lines.append([f"`{world}`", f"`{name}`", *line])
+    return markdown(header, lines)
+
+
+def each(values: list[float | None], digits: int = 2) -> str:
+    """The seeds' values.
+
+    >>> each([0.5, None, 0.975]), each([])
+    ('0.50 - 0.97', '')
+    """
+    return " ".join("-" if v is None else f"{v:.{digits}f}" for v in values)
+
+
+def draw_worlds(runs: dict) -> None:
+    """Held-out avg@8 of SHOWN, a panel a world, to docs/study/worlds.png by plot.py."""
+    groups = {}
+    for name in [name for name in VARIANTS if name in SHOWN]:
+        by_seed = {}
+        for world in WORLDS:
+            for seed, rows in runs[world].get(name, {}).items():
+                for step, value in points(rows, f"{held_out(world)} avg@8"):
+                    line = by_seed.setdefault(seed, {}).setdefault(step, {"step": step})
+                    line[f"eval/{world}/avg@8"] = value
+        flags = VARIANTS[name].split()
+        args = {"script": flags[0].removesuffix(".py"), "warmup_steps": 10}
+        groups[name] = [(args, list(lines.values())) for lines in by_seed.values()]
+    plot.draw_panels(groups, PICTURES / "worlds.png")
 
 
 def guard_table(runs: dict) -> str:
@@ -414,6 +665,8 @@ def report() -> None:
     for picture, names in FIGURES.items():
         draw(runs, names, picture, curves)
     draw_pass_at_k(finals, FIGURES["methods"], PICTURES / "pass_at_k.png")
+    worlds, world_finals = read_worlds(runs, finals)
+    draw_worlds(worlds)
     page = ROOT / "docs" / "study.md"
     text = page.read_text()
     for mark, part in {
@@ -422,6 +675,8 @@ def report() -> None:
         "sweep": sweep_table(runs),
         "samples": samples_table(),
         "guard": guard_table(runs),
+        "bases": bases_table(),
+        "worlds": worlds_table(worlds, world_finals),
     }.items():
         text = fill(text, f"{mark}: made by benchmark/study.py", part)
     page.write_text(text)
@@ -429,4 +684,4 @@ def report() -> None:
 
 if __name__ == "__main__":
     args = tyro.cli(Args)
-    run(args) if args.action == "run" else report()
+    {"run": run, "worlds": run_worlds, "report": lambda args: report()}[args.action](args)
