@@ -104,6 +104,10 @@ WORLD_VARIANTS = {
     **VARIANTS,
     # as far as 60 steps at the preset's 3e-4, if it is the rate times the steps that counts
     "nsr-prerl-1e-4": "nsr_prerl.py --learning-rate 1e-4 --num-steps 180",
+    # below the ceiling, in small steps
+    "grpo-fine": "grpo_baseline.py --num-steps 8 --eval-every 2",
+    "nsr-rl-fine": "grpo_baseline.py --num-steps 10 --eval-every 2 --positive-weight 0",
+    "nsr-prerl-fine": "nsr_prerl.py --num-steps 14 --eval-every 2",
 }
 
 COLUMNS = {  # of the CSV file, and the key in metrics.jsonl
@@ -431,17 +435,13 @@ def read_results() -> tuple[dict, dict]:
     return runs, finals
 
 
-def read_worlds(lab_runs: dict, lab_finals: dict) -> tuple[dict, dict]:
-    """The same of worlds.csv by world; "lab" is completed by the study's."""
+def read_worlds(lab_runs: dict) -> dict:
+    """{world: {variant: {seed: rows}}} of worlds.csv; "lab" is completed by the study's."""
     runs = {world: {} for world in WORLDS} | {"lab": dict(lab_runs)}
-    finals = {world: {} for world in WORLDS} | {"lab": dict(lab_finals)}
     for row in read_csv("worlds"):
         world, name, seed = row.pop("world"), row.pop("variant"), int(row.pop("seed"))
         runs[world].setdefault(name, {}).setdefault(seed, []).append(numbers(row))
-    for row in read_csv("worlds_pass64"):
-        of_world = finals[row["world"]].setdefault(row["variant"], [])
-        of_world.append({k: float(row[str(k)]) for k in KS})
-    return runs, finals
+    return runs
 
 
 def read_csv(name: str) -> list[dict]:
@@ -554,10 +554,11 @@ def bases_table() -> str:
     return markdown(header, lines)
 
 
-def worlds_table(runs: dict, finals: dict) -> str:
+def worlds_table(runs: dict) -> str:
     """The methods in each world, on held-out problems like those of training; each seed's value."""
     header = ["world", "method", "step 20", "end", "steps to 0.5", "steps to 0.8"]
-    header += ["reflections × at 20", "transitions × at 20", "hard pass@64, end", "restated"]
+    header += ["reflections × at 20", "transitions × at 20", "hard avg@8 and pass@8, step 10"]
+    header += ["restated, last step"]
     samples = read_csv("worlds_samples")
     samples += [{"world": "lab", **row} for row in read_csv("study_samples")]
     lines = []
@@ -576,7 +577,8 @@ def worlds_table(runs: dict, finals: dict) -> str:
                 each([curve[-1][1] for curve in curves]),
                 *(each([plot.reached(c, t) for c in curves], 0) for t in THRESHOLDS[:2]),
                 *(each([a / b if b else None for a, b in pairs], 1) for pairs in times.values()),
-                each([final[64] for final in finals[world].get(name, [])]),
+                f"{each([at(rows, 'hard avg@8', 10) for rows in seeds])}, "
+                f"{each([at(rows, 'hard pass@8', 10) for rows in seeds])}",
                 each([float(row["restated"]) for row in own]),
             ]
             lines.append([f"`{world}`", f"`{name}`", *line])
@@ -665,7 +667,7 @@ def report() -> None:
     for picture, names in FIGURES.items():
         draw(runs, names, picture, curves)
     draw_pass_at_k(finals, FIGURES["methods"], PICTURES / "pass_at_k.png")
-    worlds, world_finals = read_worlds(runs, finals)
+    worlds = read_worlds(runs)
     draw_worlds(worlds)
     page = ROOT / "docs" / "study.md"
     text = page.read_text()
@@ -676,7 +678,7 @@ def report() -> None:
         "samples": samples_table(),
         "guard": guard_table(runs),
         "bases": bases_table(),
-        "worlds": worlds_table(worlds, world_finals),
+        "worlds": worlds_table(worlds),
     }.items():
         text = fill(text, f"{mark}: made by benchmark/study.py", part)
     page.write_text(text)
