@@ -104,10 +104,6 @@ WORLD_VARIANTS = {
     **VARIANTS,
     # as far as 60 steps at the preset's 3e-4, if it is the rate times the steps that counts
     "nsr-prerl-1e-4": "nsr_prerl.py --learning-rate 1e-4 --num-steps 180",
-    # below the ceiling, in small steps
-    "grpo-fine": "grpo_baseline.py --num-steps 8 --eval-every 2",
-    "nsr-rl-fine": "grpo_baseline.py --num-steps 10 --eval-every 2 --positive-weight 0",
-    "nsr-prerl-fine": "nsr_prerl.py --num-steps 14 --eval-every 2",
 }
 
 COLUMNS = {  # of the CSV file, and the key in metrics.jsonl
@@ -265,7 +261,8 @@ def collect(name: str, header: list[str], runs: list[tuple[list, Path]], columns
             ends.append([*label, *last_samples(folder)])
     write_csv(RESULTS / f"{name}_samples.csv", [*header, *SAMPLES], ends)
     write_csv(RESULTS / f"{name}.csv", [*header, *columns], rows)
-    write_csv(RESULTS / f"{name}_pass64.csv", [*header, *map(str, KS)], finals)
+    if finals:
+        write_csv(RESULTS / f"{name}_pass64.csv", [*header, *map(str, KS)], finals)
 
 
 def last_samples(folder: Path) -> list[float]:
@@ -413,7 +410,9 @@ def base_figures(folder: Path) -> dict[str, float]:
     fixed = [t for t in result["tokens"] if t["prob_x"] > math.e * t["prob_bos"]]
     figures["nats that x adds to a token"] = result["summary"]["all"]["logprob_difference_mean"]
     figures["tokens fixed by x"] = len(fixed) / len(result["tokens"])
-    figures["their share of |∇ log π(y_t)|²"] = sum(t["norm_bos"] ** 2 for t in fixed) / everything
+    figures["their share of the squared gradient norm"] = (
+        sum(t["norm_bos"] ** 2 for t in fixed) / everything
+    )
     figures["mean cosine"] = result["summary"]["all"]["cosine_mean"]
     figures["share negative"] = result["summary"]["all"]["share_negative"]
     for name in ("PreRL", "NSR-PreRL", "NSR-RL"):
@@ -547,11 +546,12 @@ def samples_table() -> str:
 
 
 def bases_table() -> str:
-    """A line a world: its base model, and the gradients of that model's responses."""
+    """A column a world: its base model, and the gradients of that model's responses."""
     rows = read_csv("worlds_bases")
-    header = ["world", *(key for key in rows[0] if key != "world")]
-    lines = [[f"`{r['world']}`", *(f"{float(r[k]):.3f}" for k in header[1:])] for r in rows]
-    return markdown(header, lines)
+    lines = [
+        [key, *(f"{float(row[key]):.3f}" for row in rows)] for key in rows[0] if key != "world"
+    ]
+    return markdown(["base", *(f"`{row['world']}`" for row in rows)], lines)
 
 
 def worlds_table(runs: dict) -> str:
@@ -595,9 +595,9 @@ def each(values: list[float | None], digits: int = 2) -> str:
 
 
 def draw_worlds(runs: dict) -> None:
-    """Held-out avg@8 of SHOWN, a panel a world, to docs/study/worlds.png by plot.py."""
+    """Held-out avg@8, a panel a world, to docs/study/worlds.png by plot.py."""
     groups = {}
-    for name in [name for name in VARIANTS if name in SHOWN]:
+    for name in ("grpo", "nsr-prerl", "dsrl-10", "nsr-prerl-late"):
         by_seed = {}
         for world in WORLDS:
             for seed, rows in runs[world].get(name, {}).items():
@@ -639,6 +639,41 @@ def draw(runs: dict, names: list[str], picture: str, columns: list[str]) -> None
         plot.draw_panels(groups, PICTURES / f"{picture}.png")
 
 
+def draw_pass_against_avg(worlds: dict) -> None:
+    """Every evaluation below the ceiling: pass@8 against avg@8 on `hard`, by method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    kinds = {
+        "GRPO, PreRL (both signs)": r"grpo|prerl|sweep-(grpo_baseline|prerl)-.*",
+        "positive half": r"psr-(rl|prerl)",
+        "negative half, with x": r"nsr-rl",
+        "negative half, without x": r"nsr-prerl.*|sweep-nsr_prerl-.*",
+        "DSRL": r"dsrl-\d+|sweep-dsrl-.*",
+    }
+    figure, axis = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
+    for i, (label, pattern) in enumerate(kinds.items()):
+        found = [
+            (row["hard avg@8"], row["hard pass@8"])
+            for variants in (worlds["lab"], worlds["harder"])
+            for name, seeds in variants.items()
+            for rows in seeds.values()
+            for row in rows
+            if re.fullmatch(pattern, name) and "hard avg@8" in row and 0 < row["step"] <= 30
+        ]
+        axis.scatter(*zip(*found), color=plot.COLOURS[i], marker="o^sDv"[i], s=22, label=label)
+    axis.set_xlim(0.15, 0.7)
+    axis.set_ylim(0.6, 1.02)
+    axis.set_xlabel("avg@8, problems of 6 to 8 steps")
+    axis.set_ylabel("pass@8")
+    axis.grid(alpha=0.25)
+    axis.legend(frameon=False, loc="lower right")
+    figure.savefig(PICTURES / "pass_against_avg.png", dpi=100)
+    plt.close(figure)
+
+
 def draw_pass_at_k(finals: dict, names: list[str], path: Path) -> None:
     import matplotlib
 
@@ -669,6 +704,7 @@ def report() -> None:
     draw_pass_at_k(finals, FIGURES["methods"], PICTURES / "pass_at_k.png")
     worlds = read_worlds(runs)
     draw_worlds(worlds)
+    draw_pass_against_avg(worlds)
     page = ROOT / "docs" / "study.md"
     text = page.read_text()
     for mark, part in {
