@@ -1,0 +1,153 @@
+"""Run a script with the work of a step held fixed, to measure it.
+
+    python benchmark/fixed_work.py grpo_baseline.py --new-tokens 128 --report out.json [FLAGS]
+
+FLAGS are the script's own; --preset smollm --dtype bfloat16 unless others are given. Every response
+has exactly --new-tokens tokens (EOS is ignored), and every second one of a group is right, so half
+of the samples are negatives and no group is without a gradient. All else is the script as it is:
+its own main() runs, in as many processes as it starts by itself.
+
+The report holds step_seconds (whole steps by the wall clock), steps (the lines of metrics.jsonl),
+peak_gib (resident memory of all processes together) and matmul_flops, the FLOP/s of this machine's
+best matrix product in --dtype, measured by every rank at the end of the run, and added up.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import common  # noqa: E402
+import harness  # noqa: E402
+
+
+def hold_fixed(new_tokens: int, marks: list[list[float]]) -> None:
+    """Fix lengths and rewards in this process, and note when each step begins and ends."""
+    make_engine, judge = common.make_engine, common.judge
+    timer, stop_if_asked = harness.timer, harness.stop_if_asked
+
+    def fixed_engine(*rest):
+        engine = make_engine(*rest)
+        generate = engine.generate
+
+        def fixed_generate(prompts, params, **options):
+            for p in params:
+                p.ignore_eos = True
+            return generate(prompts, params, **options)
+
+        engine.generate = fixed_generate
+        return engine
+
+    def fixed_judge(samples, *rest):
+        counts = judge(samples, *rest)
+        for sample in samples:
+            assert len(sample["ids"]) == new_tokens
+            sample["reward"] = float(sample["index"] % 2)
+        return counts
+
+    def marked_timer():
+        marks.append([time.perf_counter()])
+        return timer()
+
+    def marked_stop(*rest):
+        stop_if_asked(*rest)
+        marks[-1].append(time.perf_counter())
+
+    common.make_engine, common.judge = fixed_engine, fixed_judge
+    harness.timer, harness.stop_if_asked = marked_timer, marked_stop
+
+
+def matmul_flops(dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s of the fastest of some square matrix products, the best of ten tries each."""
+    best = 0.0
+    for n in (2048, 4096) if device.type == "cpu" else (4096, 8192, 16384):
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        for _ in range(10):
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            a @ b
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            best = max(best, 2 * n**3 / (time.perf_counter() - start))
+    return best
+
+
+def resident_gib(pid: int) -> float:
+    """Resident memory of a process and all its descendants."""
+    total = 0
+    try:
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            children = Path(f"/proc/{pid}/task/{thread}/children").read_text().split()
+            total += sum(resident_gib(int(child)) for child in children)
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        return total + pages * os.sysconf("SC_PAGE_SIZE") / 2**30
+    except OSError:  # it has ended
+        return total
+
+
+def watch_memory(pid: int) -> list[float]:
+    """[peak so far], kept up to date by a thread: resident memory of `pid` and its descendants."""
+    peak = [0.0]
+
+    def watch() -> None:
+        while True:
+            peak[0] = max(peak[0], resident_gib(pid))
+            time.sleep(0.1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    return peak
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("script")
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--report", type=Path, required=True)
+    own, flags = parser.parse_known_args()
+    whole, folder = sys.argv, os.environ.setdefault("FIXED_WORK", tempfile.mkdtemp())
+    if "--preset" not in flags:
+        flags = ["--preset", "smollm", "--dtype", "bfloat16", *flags]
+    flags += ["--max-completion-length", str(own.new_tokens), "--eval-every", "0"]
+    if "--output-dir" not in flags:
+        flags += ["--output-dir", folder]
+    sys.argv = [own.script, *flags]
+    script = importlib.import_module(Path(own.script).stem)
+    args = harness.parse_args(script.Args)
+    sys.argv = whole
+
+    if "RANK" not in os.environ:  # the launcher: its ranks run this very command
+        peak = watch_memory(os.getpid())
+        harness.launch(script.main, args)
+        report = json.loads(own.report.read_text())
+        own.report.write_text(json.dumps(report | {"peak_gib": round(peak[0], 2)}))
+        return
+    marks = []
+    hold_fixed(own.new_tokens, marks)
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    script.main(args)
+    flops = matmul_flops(getattr(torch, args.dtype), device)
+    if rank == 0:
+        rows = (Path(args.output_dir) / "metrics.jsonl").read_text().splitlines()
+        report = {
+            "command": [own.script, *flags],
+            "world_size": world_size,
+            "step_seconds": [end - start for start, end in marks],
+            "steps": [json.loads(row) for row in rows],
+            "matmul_flops": flops * world_size,
+        }
+        own.report.write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
