@@ -124,7 +124,7 @@ def test_flags_in_the_pages_exist():
         known |= {f"--{field.replace('_', '-')}" for field in fields}
     for page in PAGES:
         for flag in re.findall(r"(?<![\w-])--[a-z][a-z_-]+", page.read_text()):
-            assert flag in known, f"{page.name}: {flag}"
+            assert {flag, flag.replace("--no-", "--")} & known, f"{page.name}: {flag}"
 
 
 def test_results_are_the_studys():

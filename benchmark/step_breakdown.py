@@ -1,0 +1,100 @@
+"""Where the time of a step goes, and how near the update comes to the machine's matrix products.
+
+    python benchmark/step_breakdown.py                         about 7 minutes on 2 cores
+    python benchmark/step_breakdown.py --quick                 a smaller step: 2 minutes
+    python benchmark/step_breakdown.py --report out.json       of a report that is there already
+
+A run of benchmark/fixed_work.py: SmolLM2-135M in bfloat16, 8 prompts x 8 responses of 128 tokens.
+The table has every step; the JSON line at the end is of the last one, as the first ones warm up:
+update_peak_fraction (FLOPs of forward and backward, as benchmark/flops.py counts them, by the
+update's seconds and the best matrix product of the same run; what is computed twice counts once),
+sync_share, and other_share, all that is neither rollout nor update, by the wall clock.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow.parquet
+import tyro
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from benchmark.flops import update_flops  # noqa: E402
+
+PARTS = ("rollout", "verify", "canary", "update", "sync")
+
+
+@dataclass
+class Args:
+    script: str = "grpo_baseline.py"
+    report: str = ""
+    """of fixed_work.py; without it the run is made"""
+    num_steps: int = 3
+    new_tokens: int = 128
+    flags: str = ""
+    """more flags for the script"""
+    quick: bool = False
+    """2 steps of 2 prompts x 8 responses of 64 tokens"""
+
+
+def make_report(args: Args) -> dict:
+    report = Path(tempfile.mkdtemp()) / "report.json"
+    command = [sys.executable, "benchmark/fixed_work.py", args.script, "--report", str(report)]
+    command += ["--new-tokens", str(args.new_tokens), "--num-steps", str(args.num_steps)]
+    subprocess.run([*command, *args.flags.split()], cwd=ROOT, check=True)
+    return json.loads(report.read_text())
+
+
+def flops_of_last_step(report: dict) -> float:
+    """Of forward and backward over the last step's computed samples: the kept completions."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    flags = dict(zip(report["command"][1::2], report["command"][2::2]))
+    folder = Path(flags["--output-dir"])
+    config = AutoConfig.from_pretrained(folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    last = report["steps"][-1]
+    path = folder / "completions" / f"step_{last['step']:06d}.parquet"
+    rows = pyarrow.parquet.read_table(path).to_pylist()
+    if last["policy/counted_samples"] < len(rows):  # NSR-PreRL
+        rows = [row for row in rows if row["advantage"] < 0]
+    prompts = [
+        1
+        if last["phase"] == "pretrain"
+        else len(tokenizer(row["prompt"], add_special_tokens=False)["input_ids"])
+        for row in rows
+    ]
+    sequences = [(prompt, row["length"]) for prompt, row in zip(prompts, rows)]
+    flops = update_flops(config, sequences, len(tokenizer), checkpointing=False)
+    return flops["forward"] + flops["backward"]
+
+
+def main(args: Args) -> None:
+    if args.quick:
+        args.num_steps, args.new_tokens, args.flags = 2, 64, args.flags + " --num-prompts 2"
+    report = json.loads(Path(args.report).read_text()) if args.report else make_report(args)
+    print(f"{'step':>4} {'whole':>8} " + " ".join(f"{part:>8}" for part in (*PARTS, "log ...")))
+    for wall, row in zip(report["step_seconds"], report["steps"]):
+        seconds = [row[f"time/{part}"] for part in PARTS]
+        cells = [wall, *seconds, wall - sum(seconds)]
+        print(f"{row['step']:4} " + " ".join(f"{cell:8.2f}" for cell in cells))
+    wall, row = report["step_seconds"][-1], report["steps"][-1]
+    rate = flops_of_last_step(report) / row["time/update"]
+    result = {
+        "update_peak_fraction": round(rate / report["matmul_flops"], 3),
+        "sync_share": round(row["time/sync"] / wall, 4),
+        "other_share": round(1 - (row["time/rollout"] + row["time/update"]) / wall, 4),
+        "rollout_tokens_per_s": round(row["throughput/rollout_tokens_per_s"]),
+        "update_tokens_per_s": round(row["throughput/update_tokens_per_s"]),
+        "matmul_gflops": round(report["matmul_flops"] / 1e9),
+        "peak_gib": report["peak_gib"],
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
