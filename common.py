@@ -309,33 +309,48 @@ def clipped_objective(logp, old_logp, A, clip_low: float, clip_high: float, dual
 class TokenLogprobs(torch.autograd.Function):
     """log softmax(h Wᵀ / temperature)[y], a chunk of tokens at a time.
 
-    Neither pass holds more than one chunk of logits; the backward computes them again. The gradient
-    of W adds up in place, where autograd would make a new [V, H] for every chunk.
+    Neither pass holds more than one chunk of logits, in one buffer; the backward computes them
+    again, but not their normaliser. The gradient of W adds up in place, where autograd would make
+    a new [V, H] for every chunk.
     """
 
     @staticmethod
-    def forward(ctx, h, W, y, temperature: float, chunk: int):
-        ctx.save_for_backward(h, W, y)
-        ctx.temperature, ctx.chunk = temperature, chunk
-        wide = ctx.wide = torch.promote_types(h.dtype, torch.float32)
-        logp = h.new_empty(len(h), dtype=wide)
+    def logits(h, W, temperature: float, chunk: int):
+        """Of each chunk: its tokens (a slice), float32 logits [c, V], a like matrix in h's dtype.
+
+        All chunks use the same memory: on a CPU, getting new memory takes longer than filling it.
+        """
+        product = h.new_empty(min(chunk, len(h)), len(W))
+        wide = product.to(torch.promote_types(h.dtype, torch.float32))  # itself, if h is float32
         for i in range(0, len(h), chunk):
-            logprobs = ((h[i : i + chunk] @ W.T).to(wide) / temperature).log_softmax(-1)  # [c, V]
-            logp[i : i + chunk] = logprobs.gather(1, y[i : i + chunk, None])[:, 0]
-        return logp
+            c = slice(i, min(i + chunk, len(h)))
+            low, z = product[: c.stop - i], wide[: c.stop - i]
+            z.copy_(torch.mm(h[c], W.T, out=low))
+            yield c, z if temperature == 1 else z.div_(temperature), low
+
+    @staticmethod
+    def forward(ctx, h, W, y, temperature: float, chunk: int):
+        ctx.temperature, ctx.chunk = temperature, chunk
+        wide = torch.promote_types(h.dtype, torch.float32)
+        chosen, norm = h.new_empty(len(h), dtype=wide), h.new_empty(len(h), 1, dtype=wide)
+        for c, z, _ in TokenLogprobs.logits(h, W, temperature, chunk):
+            chosen[c] = z.gather(1, y[c, None])[:, 0]
+            top = z.amax(-1, keepdim=True)
+            norm[c] = top + z.sub_(top).exp_().sum(-1, keepdim=True).log_()  # log Σ exp, in place
+        ctx.save_for_backward(h, W, y, norm)
+        return chosen - norm[:, 0]
 
     @staticmethod
     def backward(ctx, grad):
-        h, W, y = ctx.saved_tensors
-        grad_h = torch.zeros_like(h)
-        grad_W = torch.zeros(W.shape, dtype=ctx.wide, device=W.device)
-        for i in range(0, len(h), ctx.chunk):
-            h_c, g = h[i : i + ctx.chunk], grad[i : i + ctx.chunk, None] / ctx.temperature
-            d = ((h_c @ W.T).to(ctx.wide) / ctx.temperature).softmax(-1).mul_(-g)  # [c, V]
-            d.scatter_add_(1, y[i : i + ctx.chunk, None], g)  # ∂logp/∂logits = onehot(y) - softmax
-            d = d.to(h.dtype)
-            grad_h[i : i + ctx.chunk] = d @ W
-            grad_W += d.T @ h_c
+        h, W, y, norm = ctx.saved_tensors
+        grad_h, part = torch.zeros_like(h), torch.empty_like(W)
+        grad_W = torch.zeros(W.shape, dtype=norm.dtype, device=W.device)
+        for c, z, d in TokenLogprobs.logits(h, W, ctx.temperature, ctx.chunk):
+            g = grad[c, None] / ctx.temperature
+            z.sub_(norm[c]).exp_().mul_(-g)  # ∂logp/∂logits = onehot(y) - softmax
+            d.copy_(z.scatter_add_(1, y[c, None], g))
+            grad_h[c] = d @ W
+            grad_W += torch.mm(d.T, h[c], out=part)
         return grad_h, grad_W.to(W.dtype), None, None, None
 
 
