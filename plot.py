@@ -221,13 +221,15 @@ def draw_panels(groups: dict, output: Path) -> None:
     figure, axes = plt.subplots(
         lines, columns, figsize=(14, 3.3 * lines), layout="constrained", squeeze=False
     )
-    handles = {}
+    handles, seeds = {}, {}  # by method; seeds: in each panel
     for axis, (key, title, unit) in zip(axes.flat, panels):
         bands = []
         for i, (label, group) in enumerate(groups.items()):
             points = curve(group, lambda row: row.get(key))
             if not points:
                 continue
+            count = sum(any(row.get(key) is not None for row in rows) for _, rows in group)
+            seeds.setdefault(label, set()).add(count)
             colour, style = COLOURS[i % 8], STYLES[(i // 8 + i) % 4]
             steps, middle, half = zip(*points)
             marker = "o" if key.startswith("eval/") else None
@@ -261,8 +263,11 @@ def draw_panels(groups: dict, output: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
-    names = [f"{label} ({len(groups[label])} seeds)" for label in handles]
-    names = [name.replace("(1 seeds)", "(1 seed)") for name in names]
+    names = []
+    for label, counts in seeds.items():
+        few, many = min(counts), max(counts)
+        number = f"{few} to {many}" if few < many else str(few)
+        names.append(f"{label} ({number} seed{'s' if many > 1 else ''})")
     figure.legend(
         handles.values(), names, loc="outside upper center", ncols=min(4, len(names)), frameon=False
     )
