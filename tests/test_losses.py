@@ -15,11 +15,16 @@ import grading
 import inputs
 import plot
 import thoughts
+from benchmark import estimate, flops, growth, study, token_passes
 
 DR_GRPO, GRPO, RLOO, REINFORCE = "dr_grpo", "grpo", "rloo", "reinforce++"
 
 
-@pytest.mark.parametrize("module", [common, inputs, grading, thoughts, plot, grad_alignment])
+MODULES = [common, inputs, grading, thoughts, plot, grad_alignment]
+MODULES += [estimate, flops, growth, study, token_passes]
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
 def test_docstrings(module):
     result = doctest.testmod(module)
     assert result.attempted > 0 and result.failed == 0

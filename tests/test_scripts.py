@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import save_tiny_model
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import inputs
@@ -203,6 +204,40 @@ def test_dsrl_goes_on_as_grpo(runs, tmp_path):
     assert same(weights(tmp_path), weights(runs[0]["dsrl"]))
     run("nsr_prerl", tmp_path / "nsr", *flags)
     assert not same(weights(tmp_path / "nsr"), weights(runs[0]["dsrl"]))
+
+
+def test_warmup_in_the_posttrain_space(tmp_path):
+    """--warmup-space posttrain: GRPO's likelihood, of the negatives only, bitwise."""
+    flags = "--num-steps 1 --eval-every 0".split()
+    run("dsrl", tmp_path / "a", *flags, "--warmup-space", "posttrain")
+    same_as = "--positive-weight 0 --advantage dr_grpo".split()
+    run("grpo_baseline", tmp_path / "b", *flags, *same_as)
+    assert metrics(tmp_path / "a")[0]["phase"] == "pretrain"
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+
+
+def test_reset_optimizer_at_switch(runs, tmp_path):
+    """Without moments AdamW moves every weight by the learning rate, whatever its gradient is."""
+    state = runs[0]["dsrl"] / "checkpoints" / "step_000002"
+    flags = ["--num-steps", "3", "--warmup-steps", "2", "--eval-every", "0", "--resume", str(state)]
+    run("dsrl", tmp_path / "reset", *flags, "--reset-optimizer-at-switch")
+    dcp_to_torch_save(state, tmp_path / "before.pt")
+    before = torch.load(tmp_path / "before.pt", weights_only=False)["model"]
+    moved = {}
+    for name, folder in (("reset", tmp_path / "reset"), ("kept", runs[0]["dsrl"])):
+        steps = [(w - before[f"lm.{key}"]).abs() for key, w in weights(folder).items()]
+        moved[name] = torch.cat([step.flatten() for step in steps]).median().item()
+    assert moved["reset"] == pytest.approx(1e-3, rel=0.02)
+    assert moved["kept"] < 0.9e-3
+
+
+def test_pretrain_loss_coef(runs, tmp_path):
+    """The factor scales loss and gradient, and nothing else of the first step."""
+    run("nsr_prerl", tmp_path, *"--num-steps 1 --eval-every 0 --pretrain-loss-coef 0.01".split())
+    one, scaled = metrics(runs[0]["nsr_prerl"])[1], metrics(tmp_path)[0]
+    assert scaled["policy/logprob"] == one["policy/logprob"]
+    for key in ("policy/loss", "policy/grad_norm"):
+        assert scaled[key] == pytest.approx(0.01 * one[key], rel=1e-4)
 
 
 def test_resume_in_the_same_folder(runs, tmp_path):
