@@ -8,14 +8,17 @@ of the samples are negatives and no group is without a gradient. All else is the
 its own main() runs, in as many processes as it starts by itself.
 
 The report holds step_seconds (whole steps by the wall clock), steps (the lines of metrics.jsonl),
+prompt_tokens (the lengths of each step's prompts), new_tokens, model (the folder it began from),
 peak_gib (resident memory of all processes together) and matmul_flops, the FLOP/s of this machine's
-best matrix product in --dtype, measured by every rank at the end of the run, and added up.
+best matrix product in --dtype, measured by every rank at the end of the run, and added up. The
+run's own output is thrown away, unless --output-dir names a folder.
 """
 
 import argparse
 import importlib
 import json
 import os
+import shutil
 import sys
 import tempfile
 import threading
@@ -28,11 +31,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 import harness  # noqa: E402
+import inputs  # noqa: E402
 
 
-def hold_fixed(new_tokens: int, marks: list[list[float]]) -> None:
-    """Fix lengths and rewards in this process, and note when each step begins and ends."""
-    make_engine, judge = common.make_engine, common.judge
+def hold_fixed(new_tokens: int, marks: list[list[float]], prompts: list[list[int]]) -> None:
+    """Fix lengths and rewards in this process; note each step's begin and end, and its prompts."""
+    make_engine, rollout, judge = common.make_engine, common.rollout, common.judge
     timer, stop_if_asked = harness.timer, harness.stop_if_asked
 
     def fixed_engine(*rest):
@@ -46,6 +50,10 @@ def hold_fixed(new_tokens: int, marks: list[list[float]]) -> None:
 
         engine.generate = fixed_generate
         return engine
+
+    def noted_rollout(engine, problems, *rest):
+        prompts.append([len(problem["prompt_ids"]) for problem in problems])
+        return rollout(engine, problems, *rest)
 
     def fixed_judge(samples, *rest):
         counts = judge(samples, *rest)
@@ -62,7 +70,7 @@ def hold_fixed(new_tokens: int, marks: list[list[float]]) -> None:
         stop_if_asked(*rest)
         marks[-1].append(time.perf_counter())
 
-    common.make_engine, common.judge = fixed_engine, fixed_judge
+    common.make_engine, common.rollout, common.judge = fixed_engine, noted_rollout, fixed_judge
     harness.timer, harness.stop_if_asked = marked_timer, marked_stop
 
 
@@ -114,7 +122,10 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--report", type=Path, required=True)
     own, flags = parser.parse_known_args()
-    whole, folder = sys.argv, os.environ.setdefault("FIXED_WORK", tempfile.mkdtemp())
+    whole = sys.argv
+    if "FIXED_WORK" not in os.environ:  # the ranks use the launcher's
+        os.environ["FIXED_WORK"] = tempfile.mkdtemp()
+    folder = os.environ["FIXED_WORK"]
     if "--preset" not in flags:
         flags = ["--preset", "smollm", "--dtype", "bfloat16", *flags]
     flags += ["--max-completion-length", str(own.new_tokens), "--eval-every", "0"]
@@ -130,9 +141,10 @@ def main() -> None:
         harness.launch(script.main, args)
         report = json.loads(own.report.read_text())
         own.report.write_text(json.dumps(report | {"peak_gib": round(peak[0], 2)}))
+        shutil.rmtree(folder)
         return
-    marks = []
-    hold_fixed(own.new_tokens, marks)
+    marks, prompts = [], []
+    hold_fixed(own.new_tokens, marks, prompts)
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     script.main(args)
@@ -141,7 +153,10 @@ def main() -> None:
         rows = (Path(args.output_dir) / "metrics.jsonl").read_text().splitlines()
         report = {
             "command": [own.script, *flags],
+            "model": inputs.resolve_model(args.model),
             "world_size": world_size,
+            "new_tokens": own.new_tokens,
+            "prompt_tokens": prompts,
             "step_seconds": [end - start for start, end in marks],
             "steps": [json.loads(row) for row in rows],
             "matmul_flops": flops * world_size,

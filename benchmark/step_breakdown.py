@@ -18,7 +18,6 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow.parquet
 import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,26 +49,16 @@ def make_report(args: Args) -> dict:
 
 
 def flops_of_last_step(report: dict) -> float:
-    """Of forward and backward over the last step's computed samples: the kept completions."""
+    """Of forward and backward over the samples that the last step's update computed."""
     from transformers import AutoConfig, AutoTokenizer
 
-    flags = dict(zip(report["command"][1::2], report["command"][2::2]))
-    folder = Path(flags["--output-dir"])
-    config = AutoConfig.from_pretrained(folder / "model")
-    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    last = report["steps"][-1]
-    path = folder / "completions" / f"step_{last['step']:06d}.parquet"
-    rows = pyarrow.parquet.read_table(path).to_pylist()
-    if last["policy/counted_samples"] < len(rows):  # NSR-PreRL
-        rows = [row for row in rows if row["advantage"] < 0]
-    prompts = [
-        1
-        if last["phase"] == "pretrain"
-        else len(tokenizer(row["prompt"], add_special_tokens=False)["input_ids"])
-        for row in rows
-    ]
-    sequences = [(prompt, row["length"]) for prompt, row in zip(prompts, rows)]
-    flops = update_flops(config, sequences, len(tokenizer), checkpointing=False)
+    prompts, last = report["prompt_tokens"][-1], report["steps"][-1]
+    each = last["policy/counted_samples"] // len(prompts)  # of a group; the same in all groups
+    contexts = [1] * len(prompts) if last["phase"] == "pretrain" else prompts
+    sequences = [(x, report["new_tokens"]) for x in contexts for _ in range(each)]
+    config = AutoConfig.from_pretrained(report["model"])
+    words = len(AutoTokenizer.from_pretrained(report["model"]))
+    flops = update_flops(config, sequences, words, checkpointing=False)
     return flops["forward"] + flops["backward"]
 
 

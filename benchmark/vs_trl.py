@@ -1,7 +1,7 @@
 """A step of grpo_baseline.py and nsr_prerl.py beside one of TRL's GRPOTrainer, on the same work.
 
-    python benchmark/vs_trl.py             about 25 minutes on 2 cores, after the first
-    python benchmark/vs_trl.py --quick     one smaller round, to see it run: under 5 minutes
+    python benchmark/vs_trl.py
+    python benchmark/vs_trl.py --quick     one smaller round, to see it run
 
 Same weights (SmolLM2-135M-Instruct, bfloat16), prompts, group size and number of new tokens (EOS is
 ignored), one AdamW update a step with the same learning rate, weight decay and gradient clipping,
@@ -61,7 +61,7 @@ class Args:
     output: Path = ROOT / "runs" / "vs_trl"
     """folder of the reports"""
     quick: bool = False
-    """one round of 2 steps with 4 prompts and 64 new tokens, in a folder of its own"""
+    """one round of 2 steps with 2 prompts and 64 new tokens, in a folder of its own"""
 
 
 def trl_python() -> str:
@@ -156,7 +156,7 @@ def summarize(folder: Path, cores: int) -> None:
 
 def main(args: Args) -> None:
     if args.quick:
-        args.rounds, args.num_steps, args.num_prompts, args.new_tokens = 1, 2, 4, 64
+        args.rounds, args.num_steps, args.num_prompts, args.new_tokens = 1, 2, 2, 64
         args.output = args.output.with_name(args.output.name + "_quick")
         for old in args.output.glob("*.json"):
             old.unlink()
