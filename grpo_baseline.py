@@ -1,7 +1,7 @@
 """GRPO, standard RL with verifiable rewards: the baseline of arXiv 2604.14142.
 
-    python grpo_baseline.py --model Qwen2.5-Math-7B one node, one process per GPU
-    python grpo_baseline.py --preset lab            the same code on a laptop's CPU, in minutes
+    python grpo_baseline.py --model Qwen2.5-Math-7B    one node, one process per GPU
+    python grpo_baseline.py --preset lab               the same code on a laptop's CPU, in minutes
 
 Responses are sampled, y ~ π(·|x), and verified: r ∈ {0, 1}. The update raises or lowers their
 likelihood given the prompt (the "post-train space"):
