@@ -86,3 +86,4 @@ if rank == 0:
         out / "result.pt",
     )
 harness.shutdown(engine)
+harness.leave()
