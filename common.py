@@ -6,6 +6,7 @@ in inputs.py; command line, output folder and checkpoints are in harness.py.
 """
 
 import math
+import os
 import random
 from pathlib import Path
 
@@ -365,19 +366,30 @@ class Policy(nn.Module):
         self.lm, self.vocab_size = lm, vocab_size
         self.temperature, self.chunk = temperature, chunk
 
-    def forward(self, tokens: torch.Tensor, is_response: torch.Tensor):
-        """log π(token_t | tokens_<t), float32 [n], at the n marked tokens.
+    def forward(self, tokens: torch.Tensor, is_response: torch.Tensor, prefix: list[int] = ()):
+        """log π(token_t | prefix, tokens_<t), float32 [n], at the n marked tokens.
 
         Args:
             tokens: [B, L], right-padded. Attention is causal, so padding needs no mask; positions
                 start at 0, whichever the context is.
             is_response: bool [B, L].
+            prefix: P tokens that come before each of the B rows, computed once for all of them.
         """
-        hidden = self.lm.model(input_ids=tokens, use_cache=False).last_hidden_state  # [B, L, H]
-        marked = is_response[:, 1:]  # position t-1 predicts token t
+        from transformers import DynamicCache
+
+        cache, before, first = None, [], 1  # without a prefix nothing predicts the first token
+        if prefix:
+            cache = DynamicCache(config=self.lm.config)  # keys and values, with their gradients
+            ids = torch.tensor([prefix], device=tokens.device)
+            out = self.lm.model(input_ids=ids, past_key_values=cache, use_cache=True)
+            before, first = [out.last_hidden_state[:, -1:].expand(len(tokens), -1, -1)], 0
+            cache.batch_repeat_interleave(len(tokens))
+        out = self.lm.model(input_ids=tokens, past_key_values=cache, use_cache=bool(prefix))
+        hidden = torch.cat([*before, out.last_hidden_state], 1)[:, :-1]  # [B, L-first, H]
+        marked = is_response[:, first:]  # position t-1 predicts token t
         head = self.lm.lm_head.weight[: self.vocab_size]  # without the padded vocabulary
         return TokenLogprobs.apply(
-            hidden[:, :-1][marked], head, tokens[:, 1:][marked], self.temperature, self.chunk
+            hidden[marked], head, tokens[:, first:][marked], self.temperature, self.chunk
         )
 
 
@@ -464,6 +476,21 @@ def sampler_logprobs(samples: list[dict], batch: list[int], device) -> torch.Ten
     """The engine's log-probs of the batch's response tokens, float32 [n]."""
     parts = [samples[i]["logprobs"] for i in batch] or [np.zeros(0, np.float32)]
     return torch.from_numpy(np.concatenate(parts)).to(device)
+
+
+def split_prefix(contexts: list[list[int]], responses: list, args) -> tuple[list, list]:
+    """Take off what all contexts begin with, as few-shot prompts do, if that is much of the work.
+
+    Under gradient checkpointing, which computes each layer anew, there is no cache to share.
+
+    Returns:
+        the prefix ([] if it is less than a third of all tokens), and the contexts without it.
+    """
+    prefix = os.path.commonprefix(contexts)  # of lists as well
+    total = sum(len(x) + len(y) for x, y in zip(contexts, responses))
+    if args.gradient_checkpointing or 3 * len(prefix) * len(contexts) < total:
+        prefix = []
+    return prefix, [x[len(prefix) :] for x in contexts]
 
 
 def plan_microbatches(indices: list[int], lengths: list[int], max_tokens: int, world_size: int):

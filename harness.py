@@ -74,7 +74,7 @@ PRESETS = {
         save_every=0,
         warmup_steps=5,
         dtype="float32",
-        max_tokens_per_microbatch=4096,
+        max_tokens_per_microbatch=2048,
         gradient_checkpointing=False,
     ),
 }

@@ -223,6 +223,7 @@ def main(args: Args) -> None:
 
         # 5. Update: one optimiser step per mini-batch of the counted samples
         order = torch.randperm(len(A), generator=torch.Generator().manual_seed(step))
+        prefix, contexts = common.split_prefix(contexts, responses, args)  # tokens all begin with
         total = [len(x) + len(y) for x, y in zip(contexts, responses)]  # tokens of each sequence
         stats = torch.zeros(3, dtype=torch.float64)  # Σ loss, Σ logp, tokens
         grad_norm, updates = float("nan"), 0
@@ -248,10 +249,10 @@ def main(args: Args) -> None:
                     n = [len(responses[i]) for i in batch]
                     if old:  # the trainer's own log-probs before the first update
                         with torch.no_grad():
-                            logp = policy(tokens, is_response)
+                            logp = policy(tokens, is_response, prefix)
                         old_logps.update(zip(batch, logp.split(n)))
                         continue
-                    logp = policy(tokens, is_response)  # [n] log π(y_t | context, y_<t)
+                    logp = policy(tokens, is_response, prefix)  # [n] log π(y_t | context, y_<t)
                     old_logp = logp.detach()  # [n] on-policy: ratio 1, gradient A ∇log π
                     if args.num_minibatches > 1:
                         old_logp = torch.cat([old_logps[i] for i in batch] or [old_logp])

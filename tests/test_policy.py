@@ -60,13 +60,13 @@ def plain_logprobs(model, contexts, responses, vocabulary, temperature=1.0):
     return torch.cat(logps)
 
 
-def gradients(policy, contexts, responses, weights, batches):
+def gradients(policy, contexts, responses, weights, batches, prefix=()):
     """Gradient of Σ_i weights_i Σ_t log π(y_it | context) over the given micro-batches."""
     for parameter in policy.parameters():
         parameter.grad = None
     for batch in batches:
         tokens, is_response = common.collate(contexts, responses, batch, CPU)
-        logp = policy(tokens, is_response)
+        logp = policy(tokens, is_response, prefix)
         n = torch.tensor([len(responses[i]) for i in batch], dtype=torch.int64)
         (weights[batch].repeat_interleave(n) * logp).sum().backward()
     return {name: p.grad.full_tensor().clone() for name, p in policy.named_parameters()}
@@ -114,6 +114,29 @@ def test_microbatches_padding_and_checkpointing_change_nothing(tiny_model_dir):
     assert close(with_empty, whole)
     checkpointed, _ = load(tiny_model_dir, gradient_checkpointing=True)
     assert close(gradients(checkpointed, prompts, responses, weights, plan), whole)
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_prefix_computed_once_changes_nothing(tiny_model_dir, left):
+    """Log-probs and gradients, also where the prefix is all of a context."""
+    policy, args = load(tiny_model_dir)
+    prompts, responses = ragged()
+    shots = list(range(3, 35))
+    prompts = [shots + x[: i * left] for i, x in enumerate(prompts)]
+    prefix, rest = common.split_prefix(prompts, responses, args)
+    assert prefix == shots and [prefix + x for x in rest] == prompts
+    whole = policy(*common.collate(prompts, responses, range(7), CPU))
+    parts = policy(*common.collate(rest, responses, range(7), CPU), prefix)
+    assert torch.allclose(parts, whole, atol=1e-5)
+    weights = torch.randn(7, generator=torch.Generator().manual_seed(0))
+    batches = [[0, 1, 2], [3, 4, 5, 6], []]
+    expected = gradients(policy, prompts, responses, weights, batches)
+    assert close(gradients(policy, rest, responses, weights, batches, prefix), expected)
+
+    # Not where it is little of the work, or where there is no cache.
+    assert common.split_prefix([[1]] * 7, responses, args) == ([], [[1]] * 7)
+    args.gradient_checkpointing = True
+    assert common.split_prefix(prompts, responses, args) == ([], prompts)
 
 
 def test_pretrain_space_does_not_see_x(tiny_model_dir):
@@ -169,7 +192,10 @@ def test_two_ranks_equal_one(tiny_model_dir, tmp_path, count):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += [f"--nproc-per-node={world_size}", "tests/two_ranks.py"]
         command += [tiny_model_dir, str(out), str(count)]
-        subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True, timeout=120)
+        done = subprocess.run(
+            command, cwd=ROOT, env=env, text=True, capture_output=True, timeout=120, check=False
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
         results.append(torch.load(out))
     assert close(*results)
     assert max(g.abs().max() for g in results[0].values()) > 1e-2

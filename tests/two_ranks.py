@@ -30,12 +30,14 @@ responses = [rng.integers(3, 50, rng.integers(2, 12)).astype(np.int32) for _ in 
 contexts = [[1]] * count
 lengths = [1 + len(y) for y in responses]
 plan = common.plan_microbatches(range(count), lengths, 24, world_size)
-for batch in plan[rank]:
-    tokens, is_response = common.collate(contexts, responses, batch, device)
-    logp = policy(tokens, is_response)
-    (logp.sum() * world_size).backward()
+for prefix in ([], list(range(3, 23))):
+    for batch in plan[rank]:
+        tokens, is_response = common.collate(contexts, responses, batch, device)
+        logp = policy(tokens, is_response, prefix)
+        (logp.sum() * world_size).backward()
 gradients = {name: p.grad.full_tensor() for name, p in policy.named_parameters()}
 if rank == 0:
     torch.save(gradients, out)
 torch.distributed.barrier()
 torch.distributed.destroy_process_group()
+harness.leave()
