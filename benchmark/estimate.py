@@ -222,7 +222,8 @@ def work(run: dict) -> dict[str, tuple[float, float]]:
     prompts, length = run["prompt_tokens"], run["length"]
     each = run["responses"] // len(prompts)
     sequences = [(prompt, length) for prompt in prompts for _ in range(each)]
-    update = update_flops(c, sequences, m.vocab, checkpointing=False)
+    shared = run["prefix_tokens"]
+    update = update_flops(c, sequences, m.vocab, checkpointing=False, prefix=shared)
     mean = round(np.mean(prompts))
     live, cached = decode_work(m, mean, [length] * run["responses"], slots=256)
     decode = decode_flops(m, live, cached).sum()

@@ -8,10 +8,12 @@ of the samples are negatives and no group is without a gradient. All else is the
 its own main() runs, in as many processes as it starts by itself.
 
 The report holds step_seconds (whole steps by the wall clock), steps (the lines of metrics.jsonl),
-prompt_tokens (the lengths of each step's prompts), new_tokens, model (the folder it began from),
-peak_gib (resident memory of all processes together) and matmul_flops, the FLOP/s of this machine's
-best matrix product in --dtype, measured by every rank at the end of the run, and added up. The
-run's own output is thrown away, unless --output-dir names a folder.
+prompt_tokens (the lengths of each step's prompts), prefix_tokens (what they all begin with, if the
+update computes it once), new_tokens, model (the folder it began from),
+peak_gib (resident memory of all processes together), engine_calls (seconds of each generate, and on
+a GPU of each sleep and wake_up, with the memory in use before and after) and matmul_flops, the
+FLOP/s of this machine's best matrix product in --dtype, measured by every rank at the end of the
+run, and added up. The run's own output is thrown away, unless --output-dir names a folder.
 """
 
 import argparse
@@ -34,13 +36,48 @@ import harness  # noqa: E402
 import inputs  # noqa: E402
 
 
-def hold_fixed(new_tokens: int, marks: list[list[float]], prompts: list[list[int]]) -> None:
-    """Fix lengths and rewards in this process; note each step's begin and end, and its prompts."""
+def used_gib() -> float | None:
+    """The GPU's memory in use, by all processes; None without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    torch.cuda.synchronize()
+    free, total = torch.cuda.mem_get_info()
+    return (total - free) / 2**30
+
+
+def note_calls(engine, name: str, calls: list[dict]) -> None:
+    """Note each call of a method of the engine: tags, seconds, tokens, used GiB around it."""
+    method = getattr(engine, name)
+
+    def noted(*rest, **options):
+        before, start = used_gib(), time.perf_counter()
+        result = method(*rest, **options)
+        after = used_gib()
+        seconds = time.perf_counter() - start
+        call = {"call": name, "tags": options.get("tags"), "seconds": seconds}
+        if name == "generate":
+            call["tokens"] = sum(len(y.token_ids) for one in result for y in one.outputs)
+        calls.append(call | {"before_gib": before, "after_gib": after})
+        return result
+
+    setattr(engine, name, noted)
+
+
+def hold_fixed(new_tokens: int, marks: list, prompts: list, prefixes: list, calls: list) -> None:
+    """Fix lengths and rewards in this process, and fill the lists, of a step or call each.
+
+    Args:
+        marks: begin and end; prompts: their lengths; prefixes: length of what they share; calls:
+            of the engine.
+    """
     make_engine, rollout, judge = common.make_engine, common.rollout, common.judge
+    split_prefix = common.split_prefix
     timer, stop_if_asked = harness.timer, harness.stop_if_asked
 
     def fixed_engine(*rest):
         engine = make_engine(*rest)
+        for name in ("generate", "sleep", "wake_up"):
+            note_calls(engine, name, calls)
         generate = engine.generate
 
         def fixed_generate(prompts, params, **options):
@@ -54,6 +91,11 @@ def hold_fixed(new_tokens: int, marks: list[list[float]], prompts: list[list[int
     def noted_rollout(engine, problems, *rest):
         prompts.append([len(problem["prompt_ids"]) for problem in problems])
         return rollout(engine, problems, *rest)
+
+    def noted_prefix(*rest):
+        prefix, contexts = split_prefix(*rest)
+        prefixes.append(len(prefix))
+        return prefix, contexts
 
     def fixed_judge(samples, *rest):
         counts = judge(samples, *rest)
@@ -71,6 +113,7 @@ def hold_fixed(new_tokens: int, marks: list[list[float]], prompts: list[list[int
         marks[-1].append(time.perf_counter())
 
     common.make_engine, common.rollout, common.judge = fixed_engine, noted_rollout, fixed_judge
+    common.split_prefix = noted_prefix
     harness.timer, harness.stop_if_asked = marked_timer, marked_stop
 
 
@@ -90,17 +133,25 @@ def matmul_flops(dtype: torch.dtype, device: torch.device) -> float:
     return best
 
 
-def resident_gib(pid: int) -> float:
-    """Resident memory of a process and all its descendants."""
-    total = 0
+def resident_pages(pid: int) -> list[tuple[int, int]]:
+    """Of a process and all its descendants: resident pages, and those that may be shared."""
+    found = []
     try:
         for thread in os.listdir(f"/proc/{pid}/task"):
             children = Path(f"/proc/{pid}/task/{thread}/children").read_text().split()
-            total += sum(resident_gib(int(child)) for child in children)
-        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-        return total + pages * os.sysconf("SC_PAGE_SIZE") / 2**30
+            found += [pages for child in children for pages in resident_pages(int(child))]
+        resident, shared = Path(f"/proc/{pid}/statm").read_text().split()[1:3]
+        return [*found, (int(resident), int(shared))]
     except OSError:  # it has ended
-        return total
+        return found
+
+
+def resident_gib(pid: int) -> float:
+    """Resident memory of a process and all its descendants; libraries and the like count once."""
+    pages = resident_pages(pid)
+    once = max((shared for _, shared in pages), default=0)
+    total = once + sum(resident - shared for resident, shared in pages)
+    return total * os.sysconf("SC_PAGE_SIZE") / 2**30
 
 
 def watch_memory(pid: int) -> list[float]:
@@ -143,8 +194,8 @@ def main() -> None:
         own.report.write_text(json.dumps(report | {"peak_gib": round(peak[0], 2)}))
         shutil.rmtree(folder)
         return
-    marks, prompts = [], []
-    hold_fixed(own.new_tokens, marks, prompts)
+    marks, prompts, prefixes, calls = [], [], [], []
+    hold_fixed(own.new_tokens, marks, prompts, prefixes, calls)
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     script.main(args)
@@ -157,8 +208,10 @@ def main() -> None:
             "world_size": world_size,
             "new_tokens": own.new_tokens,
             "prompt_tokens": prompts,
+            "prefix_tokens": prefixes,
             "step_seconds": [end - start for start, end in marks],
             "steps": [json.loads(row) for row in rows],
+            "engine_calls": calls,
             "matmul_flops": flops * world_size,
         }
         own.report.write_text(json.dumps(report))

@@ -24,7 +24,11 @@ def attention_flops(config, length: int) -> int:
 
 
 def update_flops(
-    config, sequences: list[tuple[int, int]], vocab_size: int, checkpointing: bool
+    config,
+    sequences: list[tuple[int, int]],
+    vocab_size: int,
+    checkpointing: bool,
+    prefix: int = 0,
 ) -> dict[str, float]:
     """FLOPs of forward and backward over `sequences`, as common.Policy computes them, unpadded.
 
@@ -34,6 +38,7 @@ def update_flops(
     Args:
         config: a transformers config of a Llama, Qwen2 or Qwen3 model.
         sequences: (context length, response length) of each.
+        prefix: tokens that all contexts begin with and that are computed once (split_prefix).
 
     Returns:
         forward; backward (twice the forward) and recompute, which is no useful work.
@@ -45,12 +50,16 @@ def update_flops(
     {'forward': 4736, 'backward': 9472, 'recompute': 472}
     >>> update_flops(config, [(1, 1), (3, 2)], 10, checkpointing=True)["recompute"]
     4968
+    >>> update_flops(config, [(1, 1), (3, 2)], 10, checkpointing=False, prefix=1)["forward"]
+    4144
     """
     layers = config.num_hidden_layers
-    tokens = sum(context + response for context, response in sequences)
+    again = len(sequences) - 1 if prefix else 0  # sequences that find the prefix computed
+    tokens = sum(context + response for context, response in sequences) - again * prefix
     responses = sum(response for _, response in sequences)
     dense = 2 * layers * layer_parameters(config) * tokens
     attention = layers * sum(attention_flops(config, x + y) for x, y in sequences)
+    attention -= layers * again * attention_flops(config, prefix)
     head = 2 * config.hidden_size * vocab_size * responses
     forward = dense + attention + head
     recompute = head + attention // 2 + (dense + attention if checkpointing else 0)

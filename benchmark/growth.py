@@ -63,6 +63,7 @@ def measure(args: Args, folder: Path, prompts: int, length: int, ranks: int) -> 
         "length": length,
         "ranks": ranks,
         "prompt_tokens": result["prompt_tokens"][-1],
+        "prefix_tokens": result["prefix_tokens"][-1],
         "step": result["step_seconds"][-1],
         **{part: last[f"time/{part}"] for part in PARTS},
         "matmul_flops": result["matmul_flops"],

@@ -8,7 +8,10 @@ A run of benchmark/fixed_work.py: SmolLM2-135M in bfloat16, 8 prompts x 8 respon
 The table has every step; the JSON line at the end is of the last one, as the first ones warm up:
 update_peak_fraction (FLOPs of forward and backward, as benchmark/flops.py counts them, by the
 update's seconds and the best matrix product of the same run; what is computed twice counts once),
-sync_share, and other_share, all that is neither rollout nor update, by the wall clock.
+sync_share, and other_share, all that is neither rollout nor update, by the wall clock;
+generate_tokens_per_s, of the engine's generate alone. With --peak, update_mfu: the same FLOPs by
+the update's seconds and that peak. On a GPU also the memory in use before and after the last sleep,
+and before and after the weights and the KV cache woke.
 """
 
 import json
@@ -36,6 +39,8 @@ class Args:
     new_tokens: int = 128
     flags: str = ""
     """more flags for the script"""
+    peak: float = 0.0
+    """FLOP/s of the machine as its maker states it; 0 = no update_mfu"""
     quick: bool = False
     """2 steps of 2 prompts x 8 responses of 64 tokens"""
 
@@ -58,8 +63,24 @@ def flops_of_last_step(report: dict) -> float:
     sequences = [(x, report["new_tokens"]) for x in contexts for _ in range(each)]
     config = AutoConfig.from_pretrained(report["model"])
     words = len(AutoTokenizer.from_pretrained(report["model"]))
-    flops = update_flops(config, sequences, words, checkpointing=False)
+    prefix = report["prefix_tokens"][-1]
+    flops = update_flops(config, sequences, words, checkpointing=False, prefix=prefix)
     return flops["forward"] + flops["backward"]
+
+
+def engine_figures(report: dict) -> dict:
+    """Speed of the last generate; on a GPU, used GiB before and after the last sleep and wakes."""
+    last, result = {}, {}
+    for call in report["engine_calls"]:
+        moved = call["after_gib"] is not None and abs(call["after_gib"] - call["before_gib"])
+        if call["call"] == "generate" or moved > 0.01:  # waking what is awake moves nothing
+            last["_".join([call["call"], *(call["tags"] or [])])] = call
+    generate = last.pop("generate")
+    result["generate_tokens_per_s"] = round(generate["tokens"] / generate["seconds"])
+    for name, call in last.items():
+        result[f"{name}_gib"] = [round(call["before_gib"], 2), round(call["after_gib"], 2)]
+        result[f"{name}_s"] = round(call["seconds"], 3)
+    return result
 
 
 def main(args: Args) -> None:
@@ -75,13 +96,17 @@ def main(args: Args) -> None:
     rate = flops_of_last_step(report) / row["time/update"]
     result = {
         "update_peak_fraction": round(rate / report["matmul_flops"], 3),
+        "update_mfu": round(rate / args.peak, 3) if args.peak else None,
+        "sync_s": round(row["time/sync"], 3),
         "sync_share": round(row["time/sync"] / wall, 4),
         "other_share": round(1 - (row["time/rollout"] + row["time/update"]) / wall, 4),
         "rollout_tokens_per_s": round(row["throughput/rollout_tokens_per_s"]),
         "update_tokens_per_s": round(row["throughput/update_tokens_per_s"]),
         "matmul_gflops": round(report["matmul_flops"] / 1e9),
         "peak_gib": report["peak_gib"],
-    }
+        "allocator_peak_gib": round(row["memory/peak_gib"], 2),
+        "logprob_gap": row["sync/logprob_gap"],
+    } | engine_figures(report)
     print(json.dumps(result))
 
 

@@ -22,8 +22,8 @@ checked.
 """
 
 import json
-import os
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,9 +91,8 @@ def make_update(args: Args):
     """
     from transformers import AutoConfig, AutoTokenizer
 
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29591")
-    dist.init_process_group("gloo", rank=0, world_size=1)
+    store = f"file://{tempfile.mkdtemp()}/store"
+    dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
     path, device = smollm2.checkpoint(), torch.device("cpu")
     tokenizer, config = AutoTokenizer.from_pretrained(path), AutoConfig.from_pretrained(path)
     flags = SimpleNamespace(

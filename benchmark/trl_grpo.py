@@ -102,19 +102,22 @@ class Clock(TrainerCallback):
 
 
 def watch_memory() -> list[float]:
-    """[peak so far], kept up to date by a thread: GiB resident, children included."""
+    """[peak so far], kept up by a thread: GiB resident, children included; shared pages once."""
     me, peak = psutil.Process(), [0.0]
 
-    def resident(process) -> int:
+    def pages(process) -> tuple[int, int]:
         try:
-            return process.memory_info().rss
+            memory = process.memory_info()
+            return memory.rss, memory.shared
         except psutil.NoSuchProcess:
-            return 0
+            return 0, 0
 
     def watch() -> None:
         while True:
-            now = sum(map(resident, [me, *me.children(recursive=True)])) / 2**30
-            peak[0] = max(peak[0], now)
+            found = [pages(process) for process in [me, *me.children(recursive=True)]]
+            once = max(shared for _, shared in found)
+            now = once + sum(resident - shared for resident, shared in found)
+            peak[0] = max(peak[0], now / 2**30)
             time.sleep(0.1)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -127,7 +130,7 @@ def make_trainer(args: Args, reward, clock: Clock, folder: str) -> GRPOTrainer:
     generation_kwargs = {"ignore_eos": True} if args.generation == "vllm" else {"eos_token_id": -1}
     config = GRPOConfig(
         output_dir=folder,
-        use_cpu=True,
+        use_cpu=not torch.cuda.is_available(),
         bf16=True,
         model_init_kwargs=dict(dtype=args.weights, attn_implementation=args.attention),
         max_steps=args.num_steps,
