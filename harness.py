@@ -4,7 +4,6 @@ Small, independent functions, used by all programs; a reader of the algorithms c
 """
 
 import ast
-import atexit
 import ctypes
 import dataclasses
 import datetime
@@ -193,12 +192,7 @@ def launch(main, args) -> None:
     Processes are started by torch.distributed.run, which is what `torchrun` calls.
     """
     if "RANK" in os.environ:
-        code = 0
-        try:
-            main(args)
-        except SystemExit as stop:
-            code = stop.code or 0
-        leave(code)
+        return main(args)
     if not torch.cuda.is_available() and args.preset == "paper" and not Path(args.model).is_dir():
         fail(
             f"no GPU was found, and {args.model} with the paper's setting needs a GPU node. On a "
@@ -290,18 +284,6 @@ def shutdown(engine) -> None:
     engine.llm_engine.engine_core.shutdown()
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def leave(code: int = 0) -> None:
-    """End this rank at once, without the interpreter's teardown.
-
-    Gloo's threads outlive the process group and may hold tensors. One that lets go of them during
-    the teardown aborts the process, rarely, after everything was done (pytorch#179291).
-    """
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 # ------------------------------------------------------------------------------------ output folder

@@ -251,8 +251,8 @@ def profile(
             n: head_seconds(rows, config.hidden_size, n, device) for n in (words, config.vocab_size)
         },
     }
-    print(json.dumps(figures), flush=True)
-    harness.leave()
+    print(json.dumps(figures))
+    torch.distributed.destroy_process_group()
 
 
 # --------------------------------------------------------------------------------- runs and report

@@ -86,4 +86,3 @@ if rank == 0:
         out / "result.pt",
     )
 harness.shutdown(engine)
-harness.leave()
