@@ -41,6 +41,6 @@ if rank == 0:
     torch.save(gradients, out)
 torch.distributed.barrier()
 torch.distributed.destroy_process_group()
-# Gloo's threads outlive the process group. One that lets go of a tensor while the interpreter is torn
-# down aborts the process, now and then, after all is done (pytorch#179291).
+# Gloo's threads outlive the process group. One that lets go of a tensor while the interpreter is
+# torn down aborts the process, now and then, after all is done (pytorch#179291).
 os._exit(0)
