@@ -373,12 +373,12 @@ class Policy(nn.Module):
             tokens: [B, L], right-padded. Attention is causal, so padding needs no mask; positions
                 start at 0, whichever the context is.
             is_response: bool [B, L].
-            prefix: P tokens that come before each of the B rows, computed once for all of them.
+            prefix: tokens that come before each of the B rows, computed once for all of them.
         """
-        from transformers import DynamicCache
-
         cache, before, first = None, [], 1  # without a prefix nothing predicts the first token
         if prefix:
+            from transformers import DynamicCache
+
             cache = DynamicCache(config=self.lm.config)  # keys and values, with their gradients
             ids = torch.tensor([prefix], device=tokens.device)
             out = self.lm.model(input_ids=ids, past_key_values=cache, use_cache=True)
@@ -485,6 +485,10 @@ def split_prefix(contexts: list[list[int]], responses: list, args) -> tuple[list
 
     Returns:
         the prefix ([] if it is less than a third of all tokens), and the contexts without it.
+
+    >>> from types import SimpleNamespace as Args
+    >>> split_prefix([[1, 2, 3], [1, 2, 4]], [[5], [6]], Args(gradient_checkpointing=False))
+    ([1, 2], [[3], [4]])
     """
     prefix = os.path.commonprefix(contexts)  # of lists as well
     total = sum(len(x) + len(y) for x, y in zip(contexts, responses))

@@ -81,9 +81,14 @@ def test_conversion(tmp_path, monkeypatch):
 
 @has_smollm2
 def test_update_with_worked_examples(tmp_path):
-    """The update computes them once for all samples; its log-probs are still the engine's."""
+    """The update computes them once for all samples; its log-probs are still the engine's.
+
+    All four samples are cut, so wrong, and count with A = -1. At a rate that moves no weight the
+    ratio to the old log-probs is 1, so each mini-batch adds 1 to the loss.
+    """
     flags = "--num-steps 1 --num-prompts 2 --num-generations 2 --max-completion-length 8"
-    flags += " --negatives reward --eval-every 0 --preset smollm --output-dir"  # all samples count
+    flags += " --num-minibatches 2 --learning-rate 1e-12 --negatives reward --eval-every 0"
+    flags += " --preset smollm --output-dir"
     command = [sys.executable, "grpo_baseline.py", *flags.split(), str(tmp_path)]
     done = subprocess.run(
         command, cwd=ROOT, text=True, capture_output=True, timeout=300, check=False
@@ -92,3 +97,4 @@ def test_update_with_worked_examples(tmp_path):
     (row,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert row["policy/counted_samples"] == 4
     assert row["policy/logprob"] == pytest.approx(-row["policy/entropy"], rel=1e-4)
+    assert row["policy/loss"] == pytest.approx(2, rel=1e-4)
