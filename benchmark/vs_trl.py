@@ -27,16 +27,11 @@ import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import harness  # noqa: E402
 import inputs  # noqa: E402
 from lab import arithmetic, smollm2  # noqa: E402
 
 TRL = "trl==1.16.0"
-# glibc's malloc keeps what is freed. TRL's steps are faster with it; our scripts run as they are.
-KEEP_MEMORY = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(10**11),
-    "MALLOC_TOP_PAD_": str(2**26),
-}
 ENVIRONMENT = ROOT / ".venv-trl"
 SCRIPTS = {"grpo": "grpo_baseline.py", "nsr_prerl": "nsr_prerl.py"}
 Program = Literal["trl", "grpo", "nsr_prerl"]
@@ -109,7 +104,7 @@ def run(program: Program, report: Path, args: Args) -> None:
         write_prompts(prompts, model, args)
         command = [trl_python(), "benchmark/trl_grpo.py", "--model", model, "--prompts"]
         command += [str(prompts), *flags]
-        environment = os.environ | KEEP_MEMORY
+        environment = os.environ | harness.KEEP_MEMORY  # as our scripts do
     else:
         command = [sys.executable, "benchmark/fixed_work.py", SCRIPTS[program], *flags]
         command += args.flags.split()
