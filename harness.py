@@ -210,8 +210,8 @@ def launch(main, args) -> None:
     n = args.num_processes or torch.cuda.device_count() or 1
     cores = len(os.sched_getaffinity(0))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, min(8, cores // n))))
-    # Spinning threads take the cores from the other ranks' and the verifier's processes.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if n > 1:  # spinning threads would take the cores from the other ranks'
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not torch.cuda.is_available():
         os.environ.update(KEEP_MEMORY)
     os.environ.setdefault("TORCHELASTIC_LOG_LEVEL", "CRITICAL")

@@ -139,6 +139,30 @@ def test_prefix_computed_once_changes_nothing(tiny_model_dir, left):
     assert common.split_prefix(prompts, responses, args) == ([], prompts)
 
 
+@pytest.mark.parametrize(("longest", "attention"), [(1024, "eager"), (1025, "sdpa")])
+def test_bfloat16_on_a_cpu(tiny_model_dir, longest, attention):
+    """Either attention is float32's up to rounding, with a prefix and without one."""
+    exact, _ = load(tiny_model_dir)
+    rounded, _ = load(
+        tiny_model_dir, dtype="bfloat16", max_prompt_length=24, max_completion_length=longest - 24
+    )
+    assert rounded.lm.config._attn_implementation == attention
+    prompts, responses = ragged()
+    shots = list(range(3, 19))
+    weights = torch.randn(7, generator=torch.Generator().manual_seed(0))
+    for prefix in ([], shots):
+        batch = common.collate(prompts, responses, range(7), CPU)
+        assert (rounded(*batch, prefix) - exact(*batch, prefix)).abs().mean() < 0.05
+        a, b = (
+            torch.cat([g.flatten() for g in gradients(*each).values()])
+            for each in (
+                (policy, prompts, responses, weights, [range(7)], prefix)
+                for policy in (rounded, exact)
+            )
+        )
+        assert (a - b).norm() < 0.06 * b.norm()
+
+
 def test_pretrain_space_does_not_see_x(tiny_model_dir):
     """NSR-PreRL's gradient is bitwise the same for any prompts; GRPO's is not."""
     policy, _ = load(tiny_model_dir)
