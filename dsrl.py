@@ -73,6 +73,8 @@ class Args:
     """S, steps of NSR-PreRL before RL (paper: 20; 10 to 25 is the good range)"""
     warmup_space: Literal["pretrain", "posttrain"] = "pretrain"
     """likelihood of the warm-up: log π(y|BOS), or log π(y|x) as an ablation"""
+    warmup_learning_rate: float = 0.0
+    """of the warm-up; 0 = --learning-rate (paper: one for both)"""
     reset_optimizer_at_switch: bool = False
     """forget AdamW's moments after step S"""
     bos_token: str = ""
@@ -188,6 +190,8 @@ def main(args: Args) -> None:
         warmup = step <= args.warmup_steps  # s ≤ S
         if step == args.warmup_steps + 1 and args.reset_optimizer_at_switch:
             optimizer = common.make_optimizer(policy, args)
+        rate = warmup and args.warmup_learning_rate or args.learning_rate
+        optimizer.param_groups[0]["lr"] = rate
 
         # 1. Rollout: y ~ π(·|x), always with the prompt; G responses to each of P problems
         problems = inputs.pick_problems(train, step, args.num_prompts, args.seed)

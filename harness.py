@@ -597,9 +597,11 @@ def load_checkpoint(folder: Path, policy, optimizer, path: Path | None) -> int:
     step = 0
     if path:
         step = int(path.name.removeprefix("step_"))
+        flags = {key: optimizer.param_groups[0][key] for key in ("lr", "weight_decay")}
         model, optim = get_state_dict(policy, optimizer)
         dcp.load({"model": model, "optimizer": optim}, checkpoint_id=path)
         set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=optim)
+        optimizer.param_groups[0].update(flags)  # this run's, not those of the run that saved
     metrics = folder / "metrics.jsonl"
     if dist.get_rank() == 0 and metrics.exists():
         lines = [x for x in metrics.read_text().splitlines() if x.endswith("}")]

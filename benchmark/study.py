@@ -99,11 +99,14 @@ WORLDS = {
 }
 WORLD_METHODS = ("grpo", "nsr-prerl", "dsrl-10", "nsr-rl-then-rl")
 SHOWN = ("grpo", "prerl", "nsr-prerl", "nsr-prerl-late", "nsr-prerl-1e-4", "dsrl-10")
-SHOWN += ("nsr-rl-then-rl",)
+SHOWN += ("nsr-rl-then-rl", "grpo-1e-3", "dsrl-10-two-rates")
 WORLD_VARIANTS = {
     **VARIANTS,
     # as far as 60 steps at the preset's 3e-4, if it is the rate times the steps that counts
     "nsr-prerl-1e-4": "nsr_prerl.py --learning-rate 1e-4 --num-steps 180",
+    # each space at its own: the warm-up's best rate without a collapse, then RL's best
+    "dsrl-10-two-rates": "dsrl.py --warmup-learning-rate 3e-4 --learning-rate 1e-3 "
+    "--warmup-steps 10",
 }
 
 COLUMNS = {  # of the CSV file, and the key in metrics.jsonl

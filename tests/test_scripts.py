@@ -206,6 +206,17 @@ def test_dsrl_goes_on_as_grpo(runs, tmp_path):
     assert not same(weights(tmp_path / "nsr"), weights(runs[0]["dsrl"]))
 
 
+def test_warmup_learning_rate(tmp_path):
+    """Two rates are bitwise two runs of one rate each, the second from the first's checkpoint."""
+    flags, warmup = ["--eval-every", "0", "--num-steps"], tmp_path / "warmup"
+    rate = ["--warmup-steps", "2", "--warmup-learning-rate", "5e-4"]
+    run("dsrl", tmp_path / "both", *flags, "3", *rate)
+    run("nsr_prerl", warmup, *flags, "2", "--save-every", "2", "--learning-rate", "5e-4")
+    state = warmup / "checkpoints" / "step_000002"
+    run("grpo_baseline", tmp_path / "rl", *flags, "3", "--resume", str(state))
+    assert same(weights(tmp_path / "both"), weights(tmp_path / "rl"))
+
+
 def test_warmup_in_the_posttrain_space(tmp_path):
     """--warmup-space posttrain: GRPO's likelihood, of the negatives only, bitwise."""
     flags = "--num-steps 1 --eval-every 0".split()
