@@ -38,7 +38,7 @@ def make_engine(path: str, tokenizer, args):
     else:
         from vllm.kernels import vllm_c
 
-        # This kernel is there on a CPU too, but not marked so: ten operations would do its work.
+        # Its CPU build has this kernel, but vLLM takes ten operations there unless it is told to.
         vllm_c.fused_add_rms_norm.supported = True
         length = args.max_prompt_length + args.max_completion_length
         extra = dict(

@@ -190,8 +190,8 @@ def main(args: Args) -> None:
         warmup = step <= args.warmup_steps  # s ≤ S
         if step == args.warmup_steps + 1 and args.reset_optimizer_at_switch:
             optimizer = common.make_optimizer(policy, args)
-        rate = warmup and args.warmup_learning_rate or args.learning_rate
-        optimizer.param_groups[0]["lr"] = rate
+        rate = args.warmup_learning_rate if warmup else args.learning_rate
+        optimizer.param_groups[0]["lr"] = rate or args.learning_rate
 
         # 1. Rollout: y ~ π(·|x), always with the prompt; G responses to each of P problems
         problems = inputs.pick_problems(train, step, args.num_prompts, args.seed)

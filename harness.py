@@ -160,8 +160,9 @@ def check_args(args) -> None:
     for name in (positive + " temperature learning_rate max_grad_norm verify_timeout").split():
         if not 0 < getattr(args, name, 1) < math.inf:
             fail(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
-    floors = "weight_decay warmup_steps clip_low clip_high tis_cap positive_weight negative_weight"
-    floors += " eval_every save_every num_steps alignment_every max_logprob_gap max_bad_gold"
+    floors = "weight_decay warmup_steps warmup_learning_rate clip_low clip_high tis_cap"
+    floors += " positive_weight negative_weight eval_every save_every num_steps alignment_every"
+    floors += " max_logprob_gap max_bad_gold"
     for name in floors.split():
         if not 0 <= getattr(args, name, 0) < math.inf:
             fail(f"--{name.replace('_', '-')} must be 0 or more, not {getattr(args, name)}")

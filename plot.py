@@ -236,7 +236,8 @@ def draw_panels(groups: dict, output: Path) -> None:
             (handles[label],) = axis.plot(
                 steps, middle, color=colour, linestyle=style, marker=marker, markersize=4, lw=1.6
             )
-            bands.append((steps, middle, half, colour))
+            if count > 2:  # Student's t makes the band of two wider than the picture
+                bands.append((steps, middle, half, colour))
             args = group[0][0]
             if args["script"] == "dsrl" and max(steps) > args["warmup_steps"]:
                 axis.axvline(args["warmup_steps"], color=colour, linestyle=(0, (2, 3)), lw=1)
@@ -251,7 +252,7 @@ def draw_panels(groups: dict, output: Path) -> None:
                 )
         if key == "sync/logprob_gap":
             axis.set_yscale("log")
-        limits = axis.get_ylim()  # of the curves: the band of two seeds would dwarf them
+        limits = axis.get_ylim()  # of the curves: a wide band would dwarf them
         for steps, middle, half, colour in bands:
             low, high = ([m + sign * h for m, h in zip(middle, half)] for sign in (-1, 1))
             axis.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)

@@ -275,7 +275,8 @@ def test_engines_without_a_prompt(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags", ["--weight-decay -1", "--warmup-steps -1", "--tis-cap nan", "--clip-high inf"]
+    "flags",
+    ["--weight-decay -1", "--warmup-learning-rate -1", "--tis-cap nan", "--clip-high inf"],
 )
 def test_values_no_run_can_have(tmp_path, flags):
     assert f"error: {flags.split()[0]} must be 0 or more" in run(
