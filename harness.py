@@ -214,7 +214,7 @@ def launch(main, args) -> None:
     if n > 1:  # spinning threads would take the cores from the other ranks'
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not torch.cuda.is_available():
-        os.environ.update(KEEP_MEMORY)
+        os.environ.update(KEEP_MEMORY | os.environ)
     os.environ.setdefault("TORCHELASTIC_LOG_LEVEL", "CRITICAL")
     # Semaphores of a rank that was stopped are removed, and need no warning.
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
