@@ -27,6 +27,10 @@ def make_engine(path: str, tokenizer, args):
     Weights are not read from disk: the first sync brings them. The engine's vocabulary is cut to
     the tokenizer's, so that the ids Qwen pads its embeddings with can never be sampled.
     """
+    if not torch.cuda.is_available():
+        # A small function of vLLM's sampler would be compiled at the first token: 10 seconds, and a
+        # failure where there is no C++ compiler. The flag is read as vLLM is imported.
+        torch._dynamo.config.disable = True
     from vllm import LLM
 
     if torch.cuda.is_available():
@@ -142,6 +146,7 @@ def rollout(engine, problems: list[dict], num_samples: int, seed: str, args) -> 
         for i in mine
     ]
     if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # what the trainer has freed is for the KV cache
         engine.wake_up(tags=["weights"])  # no effect right after a sync
         engine.wake_up(tags=["kv_cache"])
     prompts = [{"prompt_token_ids": problems[i]["prompt_ids"]} for i in mine]

@@ -79,7 +79,7 @@ def run(args: Args) -> None:
 
 
 def collect(folder: Path) -> None:
-    """What the runs in `folder` measured, and some of their responses, to the CSV files."""
+    """What the runs in `folder` measured, and some of their responses, into the CSV files."""
     rows, responses = [], []
     for path in sorted(folder.glob("*/done")):
         name, _, seed = path.parent.name.rpartition("__s")
@@ -94,9 +94,9 @@ def collect(folder: Path) -> None:
                 first = next(s for s in samples if s["prompt"] == prompt)
                 step = int(parquet.stem.removeprefix("step_"))
                 responses.append([name, seed, step, question(prompt), *shown(first)])
-    study.write_csv(study.RESULTS / "smollm.csv", ["variant", "seed", *COLUMNS], rows)
+    study.update_csv("smollm", ["variant", "seed", *COLUMNS], rows, 2)
     header = ["variant", "seed", "step", "question", "response", "reward"]
-    study.write_csv(study.RESULTS / "smollm_responses.csv", header, responses)
+    study.update_csv("smollm_responses", header, responses, 2)
 
 
 def question(prompt: str) -> str:

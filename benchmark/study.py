@@ -5,8 +5,9 @@
     python benchmark/study.py worlds               the same for WORLDS, pre-training included
     python benchmark/study.py report               docs/study/*.png and tables, from the CSV files
 
-Each run is one command line of a script, printed as it starts. `run` and `worlds` end by writing
-benchmark/results/*.csv; `report` needs these files only, not the runs.
+Each run is one command line of a script, printed as it starts. `run` and `worlds` end by putting
+their runs into benchmark/results/*.csv, in the place of the same runs there; `report` needs these
+files only, not the runs.
 """
 
 import csv
@@ -243,7 +244,7 @@ def run(args: Args) -> None:
 
 
 def collect(name: str, header: list[str], runs: list[tuple[list, Path]], columns: dict) -> None:
-    """What the runs measured, to NAME.csv, NAME_pass64.csv, NAME_samples.csv.
+    """What the runs measured, into NAME.csv, NAME_pass64.csv, NAME_samples.csv.
 
     A run is the values of the columns `header`, of which the last two are its variant and seed, and
     a folder.
@@ -262,10 +263,10 @@ def collect(name: str, header: list[str], runs: list[tuple[list, Path]], columns
             finals.append([*label, *(round(hard[f"pass@{k}"], 4) for k in KS)])
         if label[-2] in WORLD_VARIANTS:
             ends.append([*label, *last_samples(folder)])
-    write_csv(RESULTS / f"{name}_samples.csv", [*header, *SAMPLES], ends)
-    write_csv(RESULTS / f"{name}.csv", [*header, *columns], rows)
+    update_csv(f"{name}_samples", [*header, *SAMPLES], ends, len(header))
+    update_csv(name, [*header, *columns], rows, len(header))
     if finals:
-        write_csv(RESULTS / f"{name}_pass64.csv", [*header, *map(str, KS)], finals)
+        update_csv(f"{name}_pass64", [*header, *map(str, KS)], finals, len(header))
 
 
 def last_samples(folder: Path) -> list[float]:
@@ -305,8 +306,13 @@ def stated(response: str) -> str | None:
     return f"{first[2]}#{count}"
 
 
-def write_csv(path: Path, header: list[str], rows: list[list]) -> None:
-    with open(path, "w", newline="") as file:
+def update_csv(name: str, header: list[str], rows: list[list], keys: int) -> None:
+    """Write `rows` to NAME.csv. What it has of other runs, by the first `keys` columns, stays."""
+    new = {tuple(map(str, row[:keys])) for row in rows}
+    kept = [[row[column] for column in header] for row in read_csv(name)]
+    kept = [row for row in kept if tuple(row[:keys]) not in new]
+    rows = sorted([*kept, *rows], key=lambda row: tuple(map(str, row[:keys])))
+    with open(RESULTS / f"{name}.csv", "w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([header, *rows])
 
 
@@ -383,7 +389,7 @@ def train_in_world(world: str, name: str, seed: int, args: Args, threads: int) -
 
 
 def collect_worlds(args: Args) -> None:
-    """What is there of the worlds' runs and bases, to benchmark/results/worlds*.csv."""
+    """What is there of the worlds' runs and bases, into benchmark/results/worlds*.csv."""
     runs, bases = [], []
     for world in WORLDS:
         folder = args.folder / "worlds" / world
@@ -395,7 +401,7 @@ def collect_worlds(args: Args) -> None:
     collect("worlds", ["world", "variant", "seed"], runs, WORLD_COLUMNS)
     if bases:
         header = list(base_figures(args.folder / "worlds" / bases[0][0]))
-        write_csv(RESULTS / "worlds_bases.csv", ["world", *header], bases)
+        update_csv("worlds_bases", ["world", *header], bases, 1)
 
 
 def base_figures(folder: Path) -> dict[str, float]:
@@ -550,7 +556,7 @@ def samples_table() -> str:
 
 def bases_table() -> str:
     """A column a world: its base model, and the gradients of that model's responses."""
-    rows = read_csv("worlds_bases")
+    rows = sorted(read_csv("worlds_bases"), key=lambda row: list(WORLDS).index(row["world"]))
     lines = [
         [key, *(f"{float(row[key]):.3f}" for row in rows)] for key in rows[0] if key != "world"
     ]

@@ -34,6 +34,8 @@ def run(script: str, folder: Path, *flags: str, code: int = 0) -> str:
     """Run a script in the lab's setting, made smaller. Returns what the user sees."""
     command = [sys.executable, f"{script}.py", *SMALL, "--output-dir", str(folder), *flags]
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    if not torch.cuda.is_available():  # a machine without a C++ compiler, nothing compiled before
+        env |= {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": f"{folder}.inductor"}
     done = subprocess.run(
         command, cwd=ROOT, env=env, text=True, timeout=300, capture_output=True, check=False
     )
@@ -145,14 +147,23 @@ def test_likelihood_is_that_of_the_space(runs, script):
     )
 
 
+KNOBS = "--negative-weight 0.5 --clip-low 0.02 --clip-high 0.03 --dual-clip 1.05"
+
+
 @pytest.mark.parametrize(
-    ("script", "minibatches"),
-    [("grpo_baseline", 1), ("grpo_baseline", 2), ("prerl", 1), ("nsr_prerl", 1)],
+    ("script", "minibatches", "knobs"),
+    [
+        ("grpo_baseline", 1, ""),
+        ("grpo_baseline", 2, ""),
+        ("grpo_baseline", 2, KNOBS),
+        ("prerl", 1, ""),
+        ("nsr_prerl", 1, ""),
+    ],
 )
-def test_first_step_is_the_papers(tmp_path, script, minibatches):
+def test_first_step_is_the_papers(tmp_path, script, minibatches, knobs):
     """The weights after one step, against a plain float64 loop: rewards to AdamW, sign included."""
     flags = ["--num-minibatches", str(minibatches), "--num-steps", "1", "--eval-every", "0"]
-    run(script, tmp_path, *flags)
+    run(script, tmp_path, *flags, *knobs.split())
     samples = tokens_of(tmp_path, script)
     model = AutoModelForCausalLM.from_pretrained(ROOT / "lab" / "base").double()
     before = [p.detach().clone() for p in model.parameters()]
@@ -161,7 +172,9 @@ def test_first_step_is_the_papers(tmp_path, script, minibatches):
     if script == "grpo_baseline":
         A = A / (r.std(1, keepdim=True) + 1e-6)
     A = A.flatten().tolist()
-    high = 1.28 if script == "grpo_baseline" else 1.2
+    low, high, dual = 0.8, 1.28 if script == "grpo_baseline" else 1.2, 10.0
+    if knobs:
+        A, low, high, dual = [a if a > 0 else 0.5 * a for a in A], 0.98, 1.03, 1.05
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
     with torch.no_grad():
         old = [logprobs_of(model, x, y) for x, y, _ in samples]
@@ -174,9 +187,9 @@ def test_first_step_is_the_papers(tmp_path, script, minibatches):
             x, y, _ = samples[i]
             ratio = (logprobs_of(model, x, y) - old[i]).exp()
             if A[i] >= 0:
-                objective = torch.minimum(ratio * A[i], ratio.clamp(0.8, high) * A[i])
+                objective = torch.minimum(ratio * A[i], ratio.clamp(low, high) * A[i])
             else:
-                objective = A[i] * ratio.clamp(0.8, 10.0)
+                objective = A[i] * ratio.clamp(low, dual)
             (-objective.sum() / count).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
         optimizer.step()
