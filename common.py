@@ -40,8 +40,14 @@ def make_engine(path: str, tokenizer, args):
             enable_sleep_mode=True,
         )
     else:
+        from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
         from vllm.kernels import vllm_c
 
+        # Tensor parallel: the ranks' shared memory gets a name of this run's own. All others would
+        # have the same, also one that was killed and has left its memory behind.
+        _CPUSHMDistributed.make_group_name = staticmethod(
+            lambda group: f"{os.environ['MASTER_PORT']}-{group.unique_name}-{group.ranks}"
+        )
         # Its CPU build has this kernel, but vLLM takes ten operations there unless it is told to.
         vllm_c.fused_add_rms_norm.supported = True
         length = args.max_prompt_length + args.max_completion_length

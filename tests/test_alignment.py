@@ -28,7 +28,7 @@ def measure(folder: Path, *flags: str) -> dict:
         env=env,
         text=True,
         capture_output=True,
-        timeout=300,
+        timeout=900,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -61,7 +61,7 @@ def test_forking_example(tmp_path):
             flags = ["--num-steps", "1", "--eval-every", "0", "--skip-tokens", str(skip)]
             done = subprocess.run(
                 [sys.executable, script.name, *SMALL, *flags, "--output-dir", str(folder)],
-                cwd=ROOT, text=True, capture_output=True, timeout=300, check=False,
+                cwd=ROOT, text=True, capture_output=True, timeout=900, check=False,
             )  # fmt: skip
             assert done.returncode == 0, done.stdout + done.stderr
             losses.append(json.loads((folder / "metrics.jsonl").read_text())["policy/grad_norm"])

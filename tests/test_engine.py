@@ -53,7 +53,7 @@ def test_sync_and_parallelism(tiny_model_dir, tmp_path, world_size, tp):
     command += [f"--nproc-per-node={world_size}", "tests/engine_check.py"]
     command += [str(model), str(out), str(tp)]
     done = subprocess.run(
-        command, cwd=ROOT, env=env, text=True, capture_output=True, timeout=300, check=False
+        command, cwd=ROOT, env=env, text=True, capture_output=True, timeout=900, check=False
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     result = torch.load(out / "result.pt", weights_only=False)
@@ -87,7 +87,7 @@ def test_sync_and_parallelism(tiny_model_dir, tmp_path, world_size, tp):
 def fresh_logprobs(out: Path, env: dict) -> list[list[float]]:
     command = [sys.executable, "-c", FRESH_ENGINE, str(out / "model"), str(out)]
     done = subprocess.run(
-        command, cwd=ROOT, env=env, text=True, capture_output=True, timeout=300, check=False
+        command, cwd=ROOT, env=env, text=True, capture_output=True, timeout=900, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(out / "fresh.pt", weights_only=False)

@@ -29,7 +29,7 @@ def command(folder: Path, *flags: str) -> list[str]:
 
 def evaluate(folder: Path, *flags: str, code: int = 0) -> str:
     done = subprocess.run(
-        command(folder, *flags), cwd=ROOT, text=True, capture_output=True, timeout=300, check=False
+        command(folder, *flags), cwd=ROOT, text=True, capture_output=True, timeout=900, check=False
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr

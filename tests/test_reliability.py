@@ -55,7 +55,7 @@ def abandoned_memory() -> set[str]:
     return {name for name in os.listdir("/dev/shm") if f"/dev/shm/{name}" not in mapped}
 
 
-def wait_until(condition, seconds: float = 120) -> None:
+def wait_until(condition, seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -195,7 +195,7 @@ def damaged(script: str, tmp_path: Path, old: str, new: str) -> str:
     command = [sys.executable, str(tmp_path / f"{script}.py"), *SMALL, *flags, tmp_path / "run"]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        command, cwd=ROOT, env=env, text=True, capture_output=True, timeout=200, check=False
+        command, cwd=ROOT, env=env, text=True, capture_output=True, timeout=600, check=False
     )
     assert done.returncode not in (0, 2), done.stdout + done.stderr
     return done.stdout + done.stderr

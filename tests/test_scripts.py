@@ -37,7 +37,7 @@ def run(script: str, folder: Path, *flags: str, code: int = 0) -> str:
     if not torch.cuda.is_available():  # a machine without a C++ compiler, nothing compiled before
         env |= {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": f"{folder}.inductor"}
     done = subprocess.run(
-        command, cwd=ROOT, env=env, text=True, timeout=300, capture_output=True, check=False
+        command, cwd=ROOT, env=env, text=True, timeout=900, capture_output=True, check=False
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -316,7 +316,7 @@ def test_headline_command_in_the_paper_setting(tmp_path):
         cwd=ROOT,
         text=True,
         capture_output=True,
-        timeout=300,
+        timeout=900,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

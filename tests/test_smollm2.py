@@ -91,7 +91,7 @@ def test_update_with_worked_examples(tmp_path):
     flags += " --preset smollm --output-dir"
     command = [sys.executable, "grpo_baseline.py", *flags.split(), str(tmp_path)]
     done = subprocess.run(
-        command, cwd=ROOT, text=True, capture_output=True, timeout=300, check=False
+        command, cwd=ROOT, text=True, capture_output=True, timeout=900, check=False
     )
     assert done.returncode == 0, done.stderr[-4000:]
     (row,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
