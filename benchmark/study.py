@@ -99,12 +99,12 @@ WORLDS = {
     "harder": ("lab", None),
 }
 WORLD_METHODS = ("grpo", "nsr-prerl", "dsrl-10", "nsr-rl-then-rl")
-SHOWN = ("grpo", "prerl", "nsr-prerl", "nsr-prerl-late", "nsr-prerl-1e-4", "dsrl-10")
-SHOWN += ("nsr-rl-then-rl", "grpo-1e-3", "dsrl-10-two-rates")
+SHOWN = ("grpo", "prerl", "nsr-prerl", "nsr-prerl-late", "dsrl-10")
+SHOWN += ("prerl-positive-0.1", "nsr-rl-then-rl", "grpo-1e-3", "dsrl-10-two-rates")
 WORLD_VARIANTS = {
     **VARIANTS,
-    # as far as 60 steps at the preset's 3e-4, if it is the rate times the steps that counts
-    "nsr-prerl-1e-4": "nsr_prerl.py --learning-rate 1e-4 --num-steps 180",
+    # a tenth of the positive half beside the negative one: does it hold a response's form?
+    "prerl-positive-0.1": "prerl.py --positive-weight 0.1",
     # each space at its own: the warm-up's best rate without a collapse, then RL's best
     "dsrl-10-two-rates": "dsrl.py --warmup-learning-rate 3e-4 --learning-rate 1e-3 "
     "--warmup-steps 10",
@@ -606,7 +606,7 @@ def each(values: list[float | None], digits: int = 2) -> str:
 def draw_worlds(runs: dict) -> None:
     """Held-out avg@8, a panel a world, to docs/study/worlds.png by plot.py."""
     groups = {}
-    for name in ("grpo", "nsr-prerl", "dsrl-10", "nsr-prerl-late"):
+    for name in ("grpo", "prerl", "nsr-prerl", "dsrl-10", "nsr-prerl-late"):
         by_seed = {}
         for world in WORLDS:
             for seed, rows in runs[world].get(name, {}).items():
