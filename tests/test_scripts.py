@@ -35,7 +35,7 @@ def run(script: str, folder: Path, *flags: str, code: int = 0) -> str:
     command = [sys.executable, f"{script}.py", *SMALL, "--output-dir", str(folder), *flags]
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     if not torch.cuda.is_available():  # a machine without a C++ compiler, nothing compiled before
-        nothing = str(ROOT / "runs" / "nothing-compiled")
+        nothing = str(ROOT / ".pytest_cache" / "nothing-compiled")
         env |= {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": nothing}
     done = subprocess.run(
         command, cwd=ROOT, env=env, text=True, timeout=900, capture_output=True, check=False
