@@ -27,12 +27,6 @@ def make_engine(path: str, tokenizer, args):
     Weights are not read from disk: the first sync brings them. The engine's vocabulary is cut to
     the tokenizer's, so that the ids Qwen pads its embeddings with can never be sampled.
     """
-    if not torch.cuda.is_available():
-        # A small function of vLLM's sampler would be compiled at the first token: 10 seconds, and a
-        # failure where there is no C++ compiler. The flag is read as vLLM is imported.
-        torch._dynamo.config.disable = True
-    from vllm import LLM
-
     if torch.cuda.is_available():
         # CUDA graphs stay on; sleep mode gives the memory back to the trainer between rollouts.
         extra = dict(
@@ -40,6 +34,9 @@ def make_engine(path: str, tokenizer, args):
             enable_sleep_mode=True,
         )
     else:
+        # A small function of vLLM's sampler would be compiled at the first token: seconds lost, and
+        # a failure where there is no C++ compiler. The flag is read as vLLM is imported.
+        torch._dynamo.config.disable = True
         from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
         from vllm.kernels import vllm_c
 
@@ -60,6 +57,8 @@ def make_engine(path: str, tokenizer, args):
             max_num_batched_tokens=max(8192, length),
             ir_op_priority={"fused_add_rms_norm": ["vllm_c", "native"]},
         )
+    from vllm import LLM
+
     set_num_threads = torch.set_num_threads
     engine = LLM(
         path,

@@ -309,10 +309,12 @@ def stated(response: str) -> str | None:
 def update_csv(name: str, header: list[str], rows: list[list], keys: int) -> None:
     """Write `rows` to NAME.csv. What it has of other runs, by the first `keys` columns, stays."""
     new = {tuple(map(str, row[:keys])) for row in rows}
-    kept = [[row[column] for column in header] for row in read_csv(name)]
+    path = RESULTS / f"{name}.csv"
+    kept = read_csv(name) if path.exists() else []
+    kept = [[row.get(column, "") for column in header] for row in kept]
     kept = [row for row in kept if tuple(row[:keys]) not in new]
     rows = sorted([*kept, *rows], key=lambda row: tuple(map(str, row[:keys])))
-    with open(RESULTS / f"{name}.csv", "w", newline="") as file:
+    with open(path, "w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([header, *rows])
 
 
