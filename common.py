@@ -277,8 +277,8 @@ def token_weights(counted: torch.Tensor, lengths: torch.Tensor, kind: str, max_l
     if kind == "token-mean":
         weight = torch.ones_like(lengths) / (lengths * counted).sum().clamp(min=1)
     elif kind == "seq-mean-token-mean":
-        weight = 1 / (n * lengths)
-    else:  # seq-mean-token-sum-norm
+        weight = 1 / (n * lengths.clamp(min=1))
+    else:  # seq-mean-token-sum-norm; for microbatch-token-mean, microbatch_weights() takes over
         weight = torch.ones_like(lengths) / (n * max_length)
     return weight * counted
 

@@ -159,10 +159,10 @@ def main(args: Args) -> None:
     evals = {name: inputs.load_problems(name, "test") for name in args.eval_datasets}
     bos = inputs.find_bos(tokenizer, args.bos_token)
     inputs.fit_context(args, config)
-    train = inputs.encode_prompts(train, tokenizer, args, args.num_prompts)
-    evals = {name: inputs.encode_prompts(e, tokenizer, args, 1) for name, e in evals.items()}
+    train = inputs.encode_prompts(train, tokenizer, args)
+    evals = {name: inputs.encode_prompts(e, tokenizer, args) for name, e in evals.items()}
     verifier = grading.start_verifier()
-    train = inputs.check_golds(args.dataset, train, verifier, args)
+    train = inputs.check_golds(args.dataset, train, verifier, args, args.num_prompts)
     evals = {name: inputs.check_golds(name, e, verifier, args) for name, e in evals.items()}
     folder = harness.make_output_dir(args)
     harness.check_disk(folder, path, args)
@@ -222,7 +222,7 @@ def main(args: Args) -> None:
             A = 2 * rewards - 1
 
         # 4. Equation (2): which samples count, in which space. The methods differ here only
-        counted = (A < 0) | torch.tensor(not warmup)  # [N], 1[s > S or A < 0]
+        counted = (A < 0) | (not warmup)  # [N], 1[s > S or A < 0]
         pretrain = warmup and args.warmup_space == "pretrain"
         contexts = [[bos]] * len(prompts) if pretrain else prompts  # x^{1[s>S]}
         phase, coef = ("pretrain", args.pretrain_loss_coef) if warmup else ("rl", 1.0)
@@ -242,7 +242,7 @@ def main(args: Args) -> None:
         order = torch.randperm(len(A), generator=torch.Generator().manual_seed(step))
         prefix, contexts = common.split_prefix(contexts, responses, args)  # tokens all begin with
         total = [len(x) + len(y) for x, y in zip(contexts, responses)]  # tokens of each sequence
-        stats = torch.zeros(3, dtype=torch.float64)  # Σ loss, Σ logp, tokens
+        stats = torch.zeros(4, dtype=torch.float64)  # Σ loss, Σ logp, clipped tokens, tokens
         grad_norm, updates = float("nan"), 0
         old_logps = {}
         for old in (True, False) if args.num_minibatches > 1 else (False,):
@@ -285,7 +285,10 @@ def main(args: Args) -> None:
                     loss = -coef * (scale_t * objective).sum()  # ∇loss = -∇J: equation (2)
                     (loss * world_size).backward()  # FSDP averages over ranks; the loss is a sum
                     with torch.no_grad():
-                        stats += torch.stack([loss, logp.sum(), torch.ones_like(logp).sum()]).cpu()
+                        ratio = (logp - old_logp).exp()
+                        outside = (ratio < 1 - args.clip_low) | (ratio > 1 + args.clip_high)
+                        count = torch.ones_like(logp).sum()
+                        stats += torch.stack([loss, logp.sum(), outside.sum(), count]).cpu()
                 if not old:
                     grad_norm = common.clip_gradients(policy, args.max_grad_norm)
                     if math.isfinite(grad_norm):
@@ -310,9 +313,10 @@ def main(args: Args) -> None:
             "policy/grad_norm": grad_norm,
             "policy/counted_samples": int(counted.sum()),
             "policy/counted_tokens": int(lengths[counted].sum()),
-            "policy/logprob": (stats[1] / stats[2]).item(),
+            "policy/logprob": (stats[1] / stats[3]).item(),
+            "policy/clip_fraction": (stats[2] / stats[3]).item(),
         }
-        metrics |= harness.speed_metrics(clock, int(lengths.sum()), int(stats[2]))
+        metrics |= harness.speed_metrics(clock, int(lengths.sum()), int(stats[3]))
         if args.eval_every and (step % args.eval_every == 0 or step == args.num_steps):
             metrics |= common.evaluate(engine, evals, tokenizer, verifier, args)
         log(step, metrics)

@@ -74,7 +74,7 @@ def main(args: Args) -> None:
     path, config, tokenizer = inputs.load_model_files(args)
     problems = {name: inputs.load_problems(name, "test") for name in args.datasets}
     inputs.fit_context(args, config)
-    problems = {n: inputs.encode_prompts(p, tokenizer, args, 1) for n, p in problems.items()}
+    problems = {n: inputs.encode_prompts(p, tokenizer, args) for n, p in problems.items()}
     verifier = grading.start_verifier()
     problems = {n: inputs.check_golds(n, p, verifier, args) for n, p in problems.items()}
     folder = harness.make_output_dir(args)
@@ -91,17 +91,14 @@ def main(args: Args) -> None:
     # About 1,024 responses per engine and part: what a kill loses, at most
     size = max(1, 1024 // args.num_samples) * (world_size // args.tensor_parallel_size)
     for name, rows in problems.items():
+        rows = unfinished(parts, Path(name).stem, rows)
         for start in range(0, len(rows), size):
-            part = parts / f"{Path(name).stem}_{start:06d}.parquet"
-            done = [part.exists()]
-            dist.broadcast_object_list(done)
-            if done[0]:
-                continue
             chunk = rows[start : start + size]
             samples = common.sample_and_judge(
                 engine, chunk, args.num_samples, tokenizer, verifier, args
             )
             if rank == 0:
+                part = parts / f"{Path(name).stem}_{chunk[0]['id']:06d}.parquet"
                 save_part(part, Path(name).stem, chunk, samples, args.num_samples, tokenizer)
             say(f"{name}: {start + len(chunk)} of {len(rows)} problems")
 
@@ -116,6 +113,17 @@ def main(args: Args) -> None:
         say(f"all figures in {folder / 'results.json'}")
     verifier.stop()
     harness.shutdown(engine)
+
+
+def unfinished(parts: Path, dataset: str, problems: list[dict]) -> list[dict]:
+    """The problems that no part has, whatever number of ranks it was made on."""
+    done = [set()]
+    if dist.get_rank() == 0:
+        for part in parts.glob("*.parquet"):
+            table = pyarrow.parquet.read_table(part, columns=["dataset", "problem"])
+            done[0] |= {row["problem"] for row in table.to_pylist() if row["dataset"] == dataset}
+    dist.broadcast_object_list(done)
+    return [problem for problem in problems if problem["id"] not in done[0]]
 
 
 def save_part(part: Path, dataset: str, problems, samples, k: int, tokenizer) -> None:

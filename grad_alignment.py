@@ -103,7 +103,7 @@ def main(args: Args) -> None:
     problems = inputs.load_problems(args.dataset, "test")
     bos = inputs.find_bos(tokenizer, args.bos_token)
     inputs.fit_context(args, config)
-    problems = inputs.encode_prompts(problems, tokenizer, args, 1)
+    problems = inputs.encode_prompts(problems, tokenizer, args)
     wanted = max(1, args.num_rollouts // args.num_generations)
     if wanted < len(problems):
         problems = random.Random(args.seed).sample(problems, wanted)

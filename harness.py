@@ -80,8 +80,8 @@ PRESETS = {
 
 
 def fail(message: str) -> None:
-    """Bad input: one line from rank 0 on stderr, exit code 2."""
-    if os.environ.get("RANK", "0") == "0":
+    """Bad input: one line on stderr, from every node's first rank; exit code 2."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
 
@@ -156,7 +156,7 @@ def check_args(args) -> None:
     """Refuse values no run can have, before anything is loaded."""
     world_size = dist.get_world_size()
     positive = "num_prompts num_generations num_samples num_minibatches max_prompt_length"
-    positive += " max_completion_length keep_checkpoints eval_num_samples"
+    positive += " max_completion_length keep_checkpoints eval_num_samples tensor_parallel_size"
     for name in (positive + " temperature learning_rate max_grad_norm verify_timeout").split():
         if not 0 < getattr(args, name, 1) < math.inf:
             fail(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
@@ -168,10 +168,18 @@ def check_args(args) -> None:
             fail(f"--{name.replace('_', '-')} must be 0 or more, not {getattr(args, name)}")
     if not 0 < args.top_p <= 1:
         fail(f"--top-p must be in (0, 1], not {args.top_p}")
-    kind = getattr(args, "advantage", "dr_grpo")
-    if getattr(args, "num_generations", 2) == 1 and kind != "reinforce++":
-        if getattr(args, "negatives", "advantage") == "advantage":
+    if not getattr(args, "dual_clip", 10) > 1:
+        fail(f"--dual-clip must be over 1, not {args.dual_clip}: A < 0 would have no gradient")
+    whole_batch = getattr(args, "advantage", "dr_grpo") == "reinforce++"
+    if getattr(args, "num_generations", 2) == 1 and getattr(args, "negatives", "") != "reward":
+        if not whole_batch or getattr(args, "warmup_steps", 0):  # DSRL's warm-up: r - group mean
             fail("--num-generations 1 leaves every advantage 0: a group needs 2 or more responses")
+    names = getattr(args, "datasets", ()) or getattr(args, "eval_datasets", ())
+    stems = [Path(name).stem for name in names]
+    if twice := {stem for stem in stems if stems.count(stem) > 1}:
+        fail(f"two evaluation sets are called {min(twice)}: their figures would be mixed up")
+    if getattr(args, "resume", "") in ("auto", True) and not args.output_dir:
+        fail("--resume needs --output-dir, the folder of the run to go on with")
     if world_size % args.tensor_parallel_size:
         fail(
             f"--tensor-parallel-size {args.tensor_parallel_size} does not divide the {world_size} "
@@ -208,7 +216,10 @@ def launch(main, args) -> None:
             f"no GPU was found, and {args.model} with the paper's setting needs a GPU node. On a "
             "laptop: --preset lab or --preset smollm, or a local model folder as --model"
         )
-    n = args.num_processes or torch.cuda.device_count() or 1
+    gpus = torch.cuda.device_count()
+    n = args.num_processes or gpus or 1
+    if n < 0 or 0 < gpus < n:
+        fail(f"--num-processes {n}: there are {gpus} GPUs, and each process needs one")
     cores = len(os.sched_getaffinity(0))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, min(8, cores // n))))
     if n > 1:  # spinning threads would take the cores from the other ranks'
@@ -317,13 +328,13 @@ def make_output_dir(args) -> Path:
     if used:
         refuse_changes(folder, {"script": script, **vars(args)})
     dist.barrier()
-    if dist.get_rank() == 0:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)  # on every node
+        if dist.get_rank() == 0:
             text = json.dumps({"script": script, **vars(args)}, indent=2)
             (folder / "args.json").write_text(text + "\n")
-        except OSError as error:
-            fail(f"the output folder cannot be written: {error}")
+    except OSError as error:
+        fail(f"the output folder cannot be written: {error}")
     dist.barrier()
     return folder
 
@@ -363,6 +374,7 @@ def check_disk(folder: Path, path: str, args) -> None:
     )
     needed = count * (12 * checkpoints + getattr(torch, args.dtype).itemsize)
     free = shutil.disk_usage(folder).free
+    free += sum(file.stat().st_size for file in folder.glob("checkpoints/*/*"))  # of --resume
     if free < needed:
         fail(
             f"{folder} has {free / 2**30:.1f} GiB free, but the run needs {needed / 2**30:.1f} GiB "
@@ -378,7 +390,6 @@ def quiet(folder: Path):
     """
     rank = dist.get_rank()
     console = os.fdopen(os.dup(2), "w", buffering=1)
-    folder.mkdir(parents=True, exist_ok=True)  # on other nodes, without a shared file system
     log = open(folder / f"log_rank{rank}.txt", "a", buffering=1)
     sys.stdout.flush()
     os.dup2(log.fileno(), 1)
@@ -398,11 +409,15 @@ def make_logger(folder: Path, args):
         return lambda step, metrics: None
     from torch.utils.tensorboard import SummaryWriter
 
-    board = SummaryWriter(folder)
+    file = folder / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []  # of a resumed run
+    after = json.loads(lines[-1])["step"] + 1 if lines else 0
+    board = SummaryWriter(folder, purge_step=after)  # hides what a killed run wrote from there on
     tracker = None
     if args.track != "none":
         tracker = __import__(args.track)
-        tracker.init(project="pretrain-space-rl", name=folder.name, config=vars(args))
+        project = os.environ.get("WANDB_PROJECT", "pretrain-space-rl")
+        tracker.init(project=project, name=folder.name, config=vars(args))
 
     def log(step: int, metrics: dict) -> None:
         finite = {  # JSON has no NaN and no infinity
@@ -551,11 +566,12 @@ def say_summary(folder: Path, say) -> None:
 
 def find_checkpoint(folder: Path, args) -> Path | None:
     """--resume: a checkpoint's path, or "auto", the latest of the run if it has one."""
+    path = Path(args.resume) if args.resume else None
     if args.resume == "auto":
         found = sorted(p for p in (folder / "checkpoints").glob("step_??????") if p.is_dir())
-        return found[-1] if found else None
-    path = Path(args.resume) if args.resume else None
-    if path and not (path / ".metadata").is_file():
+        path = found[-1] if found else None
+        announce(f"going on from {path}" if path else f"no checkpoint in {folder}: from step 1")
+    elif path and not (path / ".metadata").is_file():
         fail(f"--resume {path}: no checkpoint is there; give RUN/checkpoints/step_NNNNNN, or auto")
     return path
 

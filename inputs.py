@@ -1,5 +1,6 @@
 """What a run reads: the model's files and BOS, problems and their prompts."""
 
+import os
 import random
 from pathlib import Path
 
@@ -42,11 +43,12 @@ def load_model_files(args):
     from huggingface_hub import snapshot_download
     from transformers import AutoConfig, AutoTokenizer
 
-    path = resolve_model(args.model)
     try:
+        path = resolve_model(args.model)
         if not Path(path).is_dir():
-            if dist.get_rank() == 0:
-                snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt"])
+            if os.environ.get("LOCAL_RANK", "0") == "0":  # once on every node
+                kinds = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
+                snapshot_download(path, allow_patterns=kinds)
             dist.barrier()
             path = snapshot_download(path, local_files_only=True)
         config = AutoConfig.from_pretrained(path)
@@ -107,7 +109,8 @@ def load_problems(name: str, split: str) -> list[dict]:
     """[{"problem": text or chat messages, "answer": LaTeX}], each problem once.
 
     Args:
-        name: math, lab, arithmetic, an evaluation set's short name, a hub id, or a .parquet/.jsonl.
+        name: math, lab, arithmetic, an evaluation set's short name, a hub id (OWNER/NAME, or
+            OWNER/NAME:SUBSET), or a .parquet/.jsonl.
         split: "train" or "test"; only lab, arithmetic and other hub ids have both.
     """
     if name in ("lab", "arithmetic"):
@@ -124,21 +127,25 @@ def load_problems(name: str, split: str) -> list[dict]:
                 rows = datasets.load_dataset(kind, data_files=name, split="train")
             else:
                 hub_id, split = HUB_DATASETS.get(name, (name, split))
-                rows = datasets.load_dataset(hub_id, split=split)
+                hub_id, _, subset = hub_id.partition(":")
+                rows = datasets.load_dataset(hub_id, subset or None, split=split)
         except Exception as error:
             fail(f"data set {name} cannot be loaded: {first_line(error)}")
     problems, unanswered = {}, 0
     for row in rows:
         problem = next((row[k] for k in ("problem", "question", "prompt") if row.get(k)), None)
-        answer = row.get("answer") or (row.get("reward_model") or {}).get("ground_truth")
-        if row.get("final_answer"):  # OlympiadBench: a list
-            answer = ", ".join(row["final_answer"])
-        if not answer and isinstance(row.get("solution"), str):
+        graded = row.get("reward_model") or {}
+        given = (row.get("final_answer"), row.get("answer"), graded.get("ground_truth"))
+        answer = next((value for value in given if value not in (None, "", [])), None)
+        if answer is None and isinstance(row.get("solution"), str):
             answer = grading.last_boxed(row["solution"])
-        if not problem or answer in (None, ""):
+        if isinstance(answer, list):  # OlympiadBench
+            answer = ", ".join(map(str, answer))
+        answer = "" if answer is None else str(answer).rpartition("#### ")[2]  # GSM8K's mark
+        if not problem or not answer:
             unanswered += 1
         else:
-            problems.setdefault(str(problem), {"problem": problem, "answer": str(answer)})
+            problems.setdefault(str(problem), {"problem": problem, "answer": answer})
     if not problems:
         fail(
             f"data set {name}: no row has a problem (column problem, question or prompt) and an "
@@ -149,19 +156,20 @@ def load_problems(name: str, split: str) -> list[dict]:
     return list(problems.values())
 
 
-def encode_prompts(problems: list[dict], tokenizer, args, at_least: int) -> list[dict]:
+def encode_prompts(problems: list[dict], tokenizer, args) -> list[dict]:
     """Add "id", its number, and "prompt_ids" to each problem.
 
-    Leaves out those over --max-prompt-length, with a count. Refuses a set in which fewer than
-    `at_least` problems remain.
+    --system-prompt takes the place of the data's own. Leaves out prompts over --max-prompt-length,
+    with a count.
     """
+    joined = False
     for i, problem in enumerate(problems):
         problem["id"] = i
         messages = problem["problem"]
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        messages = [m for m in messages if m["role"] != "system"]
         if args.system_prompt:
+            messages = [m for m in messages if m["role"] != "system"]
             messages = [{"role": "system", "content": args.system_prompt}, *messages]
         if tokenizer.chat_template:
             problem["prompt_ids"] = tokenizer.apply_chat_template(
@@ -169,36 +177,39 @@ def encode_prompts(problems: list[dict], tokenizer, args, at_least: int) -> list
             )
         else:
             problem["prompt_ids"] = tokenizer.encode("\n\n".join(m["content"] for m in messages))
+            joined |= len(messages) > 1
+    if joined:
+        announce("the tokenizer has no chat template: messages are joined by blank lines")
     kept = [p for p in problems if len(p["prompt_ids"]) <= args.max_prompt_length]
     if not kept:
         fail(f"all {len(problems)} prompts are longer than --max-prompt-length")
-    if len(kept) < at_least:
-        fail(f"--num-prompts {at_least}: the data set has only {len(kept)} usable problems")
     if len(kept) < len(problems):
         announce(f"{len(problems) - len(kept)} of {len(problems)} prompts are too long: left out")
     return kept
 
 
-def check_golds(name: str, problems: list[dict], pool, args) -> list[dict]:
+def check_golds(name: str, problems: list[dict], pool, args, at_least: int = 1) -> list[dict]:
     """Leave out the problems whose gold answer the grader cannot read; every rank checks its part.
 
-    Refuses a data set with more of them than --max-bad-gold: against such golds every answer, right
-    or wrong, would score 0.
+    Refuses a data set with more of them than --max-bad-gold, as against such golds every answer,
+    right or wrong, would score 0; and one in which fewer than `at_least` problems remain.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     golds = [p["answer"] for p in problems]
     found = [None] * world_size
     dist.all_gather_object(found, grading.bad_golds(pool, golds[rank::world_size], args))
     bad = {rank + world_size * i for rank, part in enumerate(found) for i in part}
-    if not bad:
-        return problems
+    kept = [p for i, p in enumerate(problems) if i not in bad]
     shown = "; ".join(f"row {problems[i]['id']}: {golds[i][:60]!r}" for i in sorted(bad)[:5])
     more = f"; and {len(bad) - 5} more" if len(bad) > 5 else ""
     message = f"{name}: {len(bad)} of {len(problems)} gold answers cannot be read ({shown}{more})"
     if len(bad) > args.max_bad_gold * len(problems):
         fail(f"data set {message}: more than --max-bad-gold {args.max_bad_gold:g}")
-    announce(f"{message}: left out")
-    return [p for i, p in enumerate(problems) if i not in bad]
+    if len(kept) < at_least:
+        fail(f"--num-prompts {at_least}: {name} has only {len(kept)} usable problems")
+    if bad:
+        announce(f"{message}: left out")
+    return kept
 
 
 def pick_problems(problems: list, step: int, num_prompts: int, seed: int) -> list:

@@ -29,7 +29,7 @@ SHORT = {"warmup_steps": "S", "learning_rate": "lr"}
 IGNORED = set(
     "script preset seed output_dir resume num_steps eval_every save_every track num_processes "
     "tensor_parallel_size gpu_memory_utilization max_tokens_per_microbatch gradient_checkpointing "
-    "cpu_offload max_logprob_gap alignment_every verify_timeout".split()
+    "cpu_offload max_logprob_gap alignment_every verify_timeout keep_checkpoints".split()
 )
 # Okabe and Ito's colours, told apart by colour-blind readers, and a line style for print.
 COLOURS = ["#000000", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#8C8C00"]
@@ -91,14 +91,28 @@ def group_runs(runs: list[tuple[dict, list]]) -> dict[str, list[tuple[dict, list
         peers = [other for other, _ in runs if other["script"] == args["script"]]
         label = NAMES.get(args["script"], args["script"])
         for flag, value in args.items():
-            if flag not in IGNORED and any(other.get(flag) != value for other in peers):
-                label += f", {SHORT.get(flag, flag.replace('_', '-'))} {short(value)}"
+            others = [other.get(flag) for other in peers]
+            if flag not in IGNORED and any(other != value for other in others):
+                label += f", {SHORT.get(flag, flag.replace('_', '-'))} {short(value, others)}"
         groups.setdefault(label, []).append((args, rows))
     return groups
 
 
-def short(value) -> str:
-    return value.rstrip("/").split("/")[-1] if isinstance(value, str) else f"{value}"
+def short(value, others: list) -> str:
+    """The last part of a path, with as many before it as tell it from the others.
+
+    >>> short("a/model", ["a/model", "b/base"]), short("a/model", ["a/model", "b/model"])
+    ('model', 'a/model')
+    """
+    if not isinstance(value, str):
+        return f"{value}"
+    parts = value.rstrip("/").split("/")
+    for n in range(1, len(parts)):
+        name = "/".join(parts[-n:])
+        same_end = [f"/{other}".rstrip("/").endswith(f"/{name}") for other in {*others} - {value}]
+        if not any(same_end):
+            return name
+    return value
 
 
 def curve(group: list, pick) -> list[tuple[float, float, float]]:

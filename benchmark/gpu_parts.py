@@ -117,7 +117,7 @@ def vllm(
     limits = SimpleNamespace(system_prompt="", max_prompt_length=512)
     tokenizer = AutoTokenizer.from_pretrained(model)
     problems = inputs.load_problems(str(model / "problems.jsonl"), "train")
-    problems = inputs.encode_prompts(problems, tokenizer, limits, num_prompts)
+    problems = inputs.encode_prompts(problems, tokenizer, limits)
     chosen = inputs.pick_problems(problems, step, num_prompts, 1)
     prompts = [{"prompt_token_ids": problem["prompt_ids"]} for problem in chosen]
     length = max(len(problem["prompt_ids"]) for problem in chosen) + new_tokens

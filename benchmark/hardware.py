@@ -1,4 +1,4 @@
-"""GPU memory that a run needs, worked out from the model's shape: the table in README.md.
+"""GPU memory that a run needs, worked out from the model's shape: the table in docs/usage.md.
 
     python benchmark/hardware.py            # the table
     python benchmark/hardware.py --terms    # every term of it

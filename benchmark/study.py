@@ -43,7 +43,8 @@ PICTURES = ROOT / "docs" / "study"
 VARIANTS = {
     # post-train space
     "grpo": "grpo_baseline.py",
-    "dr-grpo": "grpo_baseline.py --advantage dr_grpo",
+    "dr-grpo": "grpo_baseline.py --advantage dr_grpo --loss-aggregation seq-mean-token-sum-norm",
+    "no-std": "grpo_baseline.py --advantage dr_grpo",  # Dr.GRPO's advantage alone
     "rloo": "grpo_baseline.py --advantage rloo",
     "reinforce++": "grpo_baseline.py --advantage reinforce++",
     "psr-rl": "grpo_baseline.py --negative-weight 0",
@@ -144,7 +145,7 @@ FIGURES = {
     "signs": ["psr-rl", "nsr-rl", "psr-prerl", "nsr-prerl", "nsr-prerl-every-wrong"]
     + ["nsr-prerl-late"],
     "warmup": ["grpo", "dsrl-5", "dsrl-10", "dsrl-20", "dsrl-40", "nsr-rl-then-rl"],
-    "baselines": ["grpo", "dr-grpo", "rloo", "reinforce++", "w-reinforce", "dsrl-10"],
+    "baselines": ["grpo", "dr-grpo", "no-std", "rloo", "reinforce++", "w-reinforce", "dsrl-10"],
     "long": ["grpo-1e-3", "prerl-1e-3"],
     "details": ["grpo", "grpo-microbatch-mean", "dsrl-10", "dsrl-10-reset"],
 }
@@ -685,26 +686,6 @@ def draw_pass_against_avg(worlds: dict) -> None:
     plt.close(figure)
 
 
-def draw_pass_at_k(finals: dict, names: list[str], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
-    for i, name in enumerate(name for name in names if name in finals):
-        values = [mean(final[k] for final in finals[name]) for k in KS]
-        axis.plot(KS, values, color=plot.COLOURS[i], ls=plot.STYLES[i % 4], marker="o", label=name)
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(KS, KS)
-    axis.set_xlabel("k")
-    axis.set_ylabel("pass@k, problems of 6 to 8 steps")
-    axis.grid(alpha=0.25)
-    if finals:
-        axis.legend(frameon=False)
-    figure.savefig(path, dpi=100)
-
-
 def report() -> None:
     """Pictures to docs/study/, and the tables of docs/study.md between their marks."""
     runs, finals = read_results()
@@ -712,7 +693,6 @@ def report() -> None:
     curves = ["lab avg@8", "hard avg@8", "length", "entropy", "reflection", "transition"]
     for picture, names in FIGURES.items():
         draw(runs, names, picture, curves)
-    draw_pass_at_k(finals, FIGURES["methods"], PICTURES / "pass_at_k.png")
     worlds = read_worlds(runs)
     draw_worlds(worlds)
     draw_pass_against_avg(worlds)

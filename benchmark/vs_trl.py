@@ -86,7 +86,7 @@ def write_prompts(path: Path, model: str, args: Args) -> None:
 
     limits = SimpleNamespace(system_prompt="", max_prompt_length=384)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    train = inputs.encode_prompts(arithmetic.problems("train"), tokenizer, limits, 1)
+    train = inputs.encode_prompts(arithmetic.problems("train"), tokenizer, limits)
     steps = range(1, args.num_steps + 1)
     chosen = [p for s in steps for p in inputs.pick_problems(train, s, args.num_prompts, 1)]
     path.write_text("".join(json.dumps(p["problem"]) + "\n" for p in chosen))

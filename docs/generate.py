@@ -25,20 +25,24 @@ from benchmark import hardware  # noqa: E402
 
 SCRIPTS = ["grpo_baseline", "prerl", "nsr_prerl", "dsrl"]
 PAGES = {"grpo.md": "grpo_baseline", **{f"{name}.md": name for name in SCRIPTS[1:]}}
-PAGES |= {"fidelity.md": None, "forking.md": None, "../README.md": None, "study.md": None}
+PAGES |= dict.fromkeys(["fidelity.md", "forking.md", "study.md", "usage.md", "../README.md"])
 
 # Every key of metrics.jsonl; NAME is an evaluation set's name, k is --eval-num-samples.
 METRICS = {
     "step": "1, 2, ...; 0 is the evaluation before training and holds eval/* only",
-    "phase": "`pretrain` or `rl`: the likelihood of this step's update",
+    "phase": "`pretrain` in PreRL, NSR-PreRL and DSRL's warm-up (whichever its space), else `rl`",
     "reward/mean": "share of the step's responses that are right (truncated ones are not)",
     "reward/solve_all": "share of groups in which every response is right: A = 0",
     "reward/solve_none": "share of groups in which none is: A = 0 too",
     "completion/length": "mean tokens of a response, EOS included",
     "completion/truncated": "share of responses cut at --max-completion-length",
-    "policy/entropy": "of π(·\\|x), nats per token, estimated by −log π of the sampled tokens",
-    "policy/loss": "the loss whose gradient was taken; not comparable between methods",
-    "policy/grad_norm": "before clipping; null when no sample counted",
+    "policy/entropy": "of π(·\\|x), nats per token, estimated by −log π of the sampled tokens (of "
+    "the nucleus, if --top-p is below 1)",
+    "policy/loss": "the loss whose gradient was taken, added up over mini-batches; not comparable "
+    "between methods",
+    "policy/grad_norm": "before clipping, of the last mini-batch; null when no sample counted",
+    "policy/clip_fraction": "computed tokens whose ratio left the clip range, a share; 0 with "
+    "one mini-batch",
     "policy/counted_samples": "samples in the update's mean",
     "policy/counted_tokens": "their response tokens",
     "policy/logprob": "mean over the computed tokens of the update's log-likelihood, log π(y_t "

@@ -67,9 +67,12 @@ def test_same_numbers_as_in_training(trained, tmp_path):
 
 
 def test_killed_and_resumed(tmp_path):
-    """Killed after some parts: what was finished is not generated again, the result is equal."""
+    """Killed after a part: what was finished is not generated again, the result is equal.
+
+    Also when it goes on with two engines, whose parts are larger.
+    """
     data = tmp_path / "problems.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in task.problems("test")[:20]))
+    data.write_text("".join(json.dumps(row) + "\n" for row in task.problems("test")[:13]))
     flags = ["--datasets", data, "--num-samples", 256]  # 4 problems in a part
     with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen(
@@ -78,22 +81,24 @@ def test_killed_and_resumed(tmp_path):
         )  # fmt: skip
         parts = tmp_path / "cut" / "parts"
         deadline = time.monotonic() + 200
-        while len(list(parts.glob("*.parquet"))) < 2:
+        while not list(parts.glob("*.parquet")):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     finished = {part: part.stat().st_mtime_ns for part in parts.glob("*.parquet")}
-    assert 2 <= len(finished) < 5 and not (tmp_path / "cut" / "results.json").exists()
+    assert 1 <= len(finished) < 4 and not (tmp_path / "cut" / "results.json").exists()
 
     assert "holds another run" in evaluate(tmp_path / "cut", *flags, code=2)
     refused = evaluate(tmp_path / "cut", *flags, "--resume", "--seed", 2, code=2)
     assert "--seed was 1, is now 2" in refused
-    evaluate(tmp_path / "cut", *flags, "--resume")
-    assert len(list(parts.glob("*.parquet"))) == 5
+    evaluate(tmp_path / "cut", *flags, "--resume", "--num-processes", 2)
+    assert len(finished) < len(list(parts.glob("*.parquet"))) < 4
     assert all(part.stat().st_mtime_ns == when for part, when in finished.items())
     evaluate(tmp_path / "whole", *flags)
-    assert results(tmp_path / "cut") == results(tmp_path / "whole")
+    assert len(list((tmp_path / "whole" / "parts").glob("*.parquet"))) == 4
+    cut, whole = (results(tmp_path / name)["problems"] for name in ("cut", "whole"))
+    assert cut == pytest.approx(whole) and cut["problems"] == 13
 
 
 def test_repeated_problems_count_once(tmp_path):
@@ -122,6 +127,9 @@ def test_rows_as_the_hub_sets_have_them(tmp_path, capsys):
         {"question": "olympiad", "solution": ["long", "text"], "final_answer": ["2", "5"]},
         {"problem": "math", "level": "5", "solution": "thus \\boxed{4} or \\boxed{\\sqrt{2}}."},
         {"prompt": [{"role": "user", "content": "authors"}], "reward_model": {"ground_truth": "9"}},
+        {"question": "gsm8k", "answer": "She has 7 * 8 = <<7*8=56>>56.\n#### 56"},
+        {"question": "deepmath", "final_answer": "12", "solution": "\\boxed{3}"},
+        {"problem": "nought", "answer": 0},
         {"problem": "no answer", "answer": ""},
     ]
     golds = []
@@ -129,7 +137,20 @@ def test_rows_as_the_hub_sets_have_them(tmp_path, capsys):
         data = tmp_path / f"{i}.jsonl"
         data.write_text(json.dumps(row) + "\n")
         golds += [p["answer"] for p in inputs.load_problems(str(data), "test")]
-    assert golds == ["033", "70", "27.0", "\\frac{1}{2}", "4.5e33", "2, 5", "\\sqrt{2}", "9"]
+    wanted = [
+        "033",
+        "70",
+        "27.0",
+        "\\frac{1}{2}",
+        "4.5e33",
+        "2, 5",
+        "\\sqrt{2}",
+        "9",
+        "56",
+        "12",
+        "0",
+    ]
+    assert golds == wanted
     data.write_text("".join(json.dumps(r) + "\n" for r in (rows[1], rows[-1])))
     assert len(inputs.load_problems(str(data), "test")) == 1
     assert "1 rows without problem or answer are left out" in capsys.readouterr().out

@@ -57,6 +57,19 @@ def test_methods(runs):
     }
 
 
+def test_methods_of_two_models(tmp_path):
+    """Folders with the same last name are two models; what a run keeps makes no method."""
+    curve = {0: 0.2, 40: 0.8}
+    for i, model in enumerate(("runs/a/model", "runs/b/model", "runs/b/model", "lab/base")):
+        write_run(tmp_path / f"{i}", "dsrl", curve, model=model, seed=i, keep_checkpoints=i)
+    groups = plot.group_runs([plot.read_run(tmp_path / f"{i}") for i in range(4)])
+    assert {label: len(group) for label, group in groups.items()} == {
+        "DSRL, model a/model": 1,
+        "DSRL, model b/model": 2,
+        "DSRL, model base": 1,
+    }
+
+
 def test_bands(runs):
     groups = plot.group_runs([plot.read_run(folder) for folder in runs])
     points = plot.curve(groups["GRPO"], plot.accuracy)

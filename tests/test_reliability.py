@@ -1,6 +1,7 @@
 """Runs that are killed, interrupted, resumed elsewhere, or fed with faults, as subprocesses."""
 
 import json
+import math
 import os
 import random
 import signal
@@ -16,6 +17,7 @@ from test_scripts import ROOT, SMALL, learned, metrics, run, same, weights
 from tokenizers import processors
 from transformers import AutoTokenizer
 
+import dsrl
 import harness
 import inputs
 
@@ -260,7 +262,10 @@ def test_disk_space(tmp_path, monkeypatch, capsys):
         harness.check_disk(tmp_path, base, args)
     assert error.value.code == 2
     assert "the run needs 0.0 GiB (3 checkpoints and the model)" in capsys.readouterr().err
-    monkeypatch.setattr(harness.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**9))
+    # What a resumed run's checkpoints take is there for the next ones.
+    checkpoint = tmp_path / "checkpoints" / "step_000010"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "__0_0.distcp").write_bytes(bytes(10**8))
     harness.check_disk(tmp_path, base, args)
 
 
@@ -275,13 +280,30 @@ def test_engines_without_a_prompt(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags",
-    ["--weight-decay -1", "--warmup-learning-rate -1", "--tis-cap nan", "--clip-high inf"],
+    ("flags", "message"),
+    [
+        (dict(weight_decay=-1.0), "--weight-decay must be 0 or more"),
+        (dict(warmup_learning_rate=-1.0), "--warmup-learning-rate must be 0 or more"),
+        (dict(tis_cap=math.nan), "--tis-cap must be 0 or more"),
+        (dict(clip_high=math.inf), "--clip-high must be 0 or more"),
+        (dict(learning_rate=math.nan), "--learning-rate must be positive"),
+        (dict(dual_clip=1.0), "--dual-clip must be over 1"),
+        (dict(tensor_parallel_size=0), "--tensor-parallel-size must be positive"),
+        (dict(tensor_parallel_size=2), "does not divide the 1 processes"),
+        (dict(num_generations=1), "a group needs 2 or more"),
+        (dict(num_generations=1, advantage="reinforce++"), "a group needs 2 or more"),
+        (dict(eval_datasets=("a/test.jsonl", "b/test.jsonl")), "two evaluation sets are called"),
+        (dict(resume="auto"), "--resume needs --output-dir"),
+        (dict(track="wandb"), "pip install wandb"),
+    ],
 )
-def test_values_no_run_can_have(tmp_path, flags):
-    assert f"error: {flags.split()[0]} must be 0 or more" in run(
-        "dsrl", tmp_path, *flags.split(), code=2
-    )
+def test_values_no_run_can_have(one_rank, capsys, flags, message):
+    harness.check_args(dsrl.Args())
+    harness.check_args(dsrl.Args(num_generations=1, negatives="reward"))
+    harness.check_args(dsrl.Args(num_generations=1, advantage="reinforce++", warmup_steps=0))
+    with pytest.raises(SystemExit) as error:
+        harness.check_args(dsrl.Args(**flags))
+    assert error.value.code == 2 and message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("template", [False, True])
@@ -300,17 +322,29 @@ def test_tokenizers_that_add_bos(tiny_model_dir, one_rank, template):
         )
     args = SimpleNamespace(system_prompt="think", max_prompt_length=99)
     problems = [{"problem": "1+1", "answer": "2"}]
-    ids = inputs.encode_prompts(problems, tokenizer, args, 1)[0]["prompt_ids"]
+    ids = inputs.encode_prompts(problems, tokenizer, args)[0]["prompt_ids"]
     text = "s:thinku:1+1a:" if template else "think1+1"
     assert ids.count(bos) == 1 and ids[0] == bos
     assert tokenizer.decode(ids[1:]).replace("?", "") == text
+
+
+def test_the_datas_own_system_message(tiny_model_dir, one_rank, capsys):
+    """Counts unless --system-prompt takes its place; without a chat template a line says so."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    messages = [{"role": "system", "content": "be"}, {"role": "user", "content": "1+1"}]
+    for given, wanted in (("", "be1+1"), ("think", "think1+1")):
+        args = SimpleNamespace(system_prompt=given, max_prompt_length=99)
+        problems = [{"problem": messages, "answer": "2"}]
+        ids = inputs.encode_prompts(problems, tokenizer, args)[0]["prompt_ids"]
+        assert tokenizer.decode(ids).replace("?", "") == wanted
+    assert capsys.readouterr().out.count("no chat template") == 2
 
 
 def test_long_prompts_are_left_out(tiny_model_dir, one_rank, capsys):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     args = SimpleNamespace(system_prompt="", max_prompt_length=5)
     problems = [{"problem": text, "answer": "2"} for text in ("1+1", "1+1+1+1", "2", "3" * 6)]
-    kept = inputs.encode_prompts(problems, tokenizer, args, 1)
+    kept = inputs.encode_prompts(problems, tokenizer, args)
     assert [(p["id"], p["problem"]) for p in kept] == [(0, "1+1"), (2, "2")]
     assert "2 of 4 prompts are too long: left out" in capsys.readouterr().out
 
