@@ -33,6 +33,8 @@ def make_engine(path: str, tokenizer, args):
             gpu_memory_utilization=args.gpu_memory_utilization,
             enable_sleep_mode=True,
         )
+        # In float32 vLLM's attention is Triton's, whose matrix products would be TF32.
+        os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
     else:
         # A small function of vLLM's sampler would be compiled at the first token: seconds lost, and
         # a failure where there is no C++ compiler. The flag is read as vLLM is imported.
@@ -146,6 +148,7 @@ def rollout(engine, problems: list[dict], num_samples: int, seed: str, args) -> 
             max_tokens=args.max_completion_length,
             seed=random.Random(f"{seed} {problems[i]['id']}").getrandbits(31),
             logprobs=0,
+            flat_logprobs=True,  # lists, not a dictionary for every token
             detokenize=False,
         )
         for i in mine
@@ -162,12 +165,11 @@ def rollout(engine, problems: list[dict], num_samples: int, seed: str, args) -> 
     for i, output in zip(mine, outputs):
         for g, y in enumerate(output.outputs):
             if (i * num_samples + g) % tp == rank % tp:
-                logprobs = [step[token].logprob for step, token in zip(y.logprobs, y.token_ids)]
                 samples.append(
                     dict(
                         index=i * num_samples + g,
                         ids=np.array(y.token_ids, dtype=np.int32),
-                        logprobs=np.array(logprobs, dtype=np.float32),
+                        logprobs=np.array(y.logprobs.logprobs, dtype=np.float32),
                         truncated=y.finish_reason == "length",
                     )
                 )
@@ -335,8 +337,11 @@ class TokenLogprobs(torch.autograd.Function):
         """Of each chunk: its tokens (a slice), float32 logits [c, V], a like matrix in h's dtype.
 
         All chunks use the same memory: on a CPU, getting new memory takes longer than filling it.
+        Rows begin at multiples of 8: a tokenizer's odd number of words would cost a GPU its fast
+        kernels.
         """
-        product = h.new_empty(min(chunk, len(h)), len(W))
+        rows, words = min(chunk, len(h)), len(W)
+        product = h.new_empty(rows, (words + 7) // 8 * 8)[:, :words]
         wide = product.to(torch.promote_types(h.dtype, torch.float32))  # itself, if h is float32
         for i in range(0, len(h), chunk):
             c = slice(i, min(i + chunk, len(h)))
@@ -420,6 +425,12 @@ def load_policy(path: str, config, tokenizer, args, device) -> Policy:
 
     dtype = getattr(torch, args.dtype)
     master = torch.promote_types(dtype, torch.float32)
+    if device.type == "cuda" and dtype == torch.float32:
+        # For grouped queries in float32 CUDA has the plain kernel only, which needs memory by the
+        # length squared. With keys and values repeated it has another.
+        from transformers.integrations import sdpa_attention
+
+        sdpa_attention.use_gqa_in_sdpa = lambda *_: False
     attention = "sdpa"
     if device.type == "cpu" and dtype == torch.bfloat16:
         # Plain matrix products are faster here, but need memory by the length squared.
@@ -470,6 +481,10 @@ def make_optimizer(policy, args):
 
 def clip_gradients(policy, max_norm: float) -> float:
     """Scale the gradients to `max_norm` if their norm is larger. Returns the norm before."""
+    if torch.cuda.is_available():
+        # AdamW makes its moments in its first step. In blocks that the backward pass has freed they
+        # would pin these for ever, and the KV cache could not have them.
+        torch.cuda.empty_cache()
     return torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm).full_tensor().item()
 
 

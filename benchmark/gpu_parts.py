@@ -204,8 +204,9 @@ def profile(
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29593"}
     _, _, device = harness.init_distributed()
     flags = SimpleNamespace(
-        dtype="bfloat16", gradient_checkpointing=True, cpu_offload=False, temperature=1.0
-    )
+        dtype="bfloat16", gradient_checkpointing=True, cpu_offload=False, temperature=1.0,
+        max_prompt_length=prompt_length, max_completion_length=new_tokens,
+    )  # fmt: skip
     config, tokenizer = AutoConfig.from_pretrained(model), AutoTokenizer.from_pretrained(model)
     policy = common.load_policy(str(model), config, tokenizer, flags, device)
     words, rng = len(tokenizer), np.random.default_rng(0)
@@ -292,7 +293,8 @@ def run(folder: Path, name: str) -> None:
 
 # figure -> its key in the JSON lines of a part's log
 FIGURES = {
-    "lab": {f"{s}_logprob_gap": f"{s}_logprob_gap" for s in ("dsrl", "grpo", "prerl", "nsr_prerl")},
+    "lab": {"dsrl_logprob_gap": "dsrl_logprob_gap"},
+    "others": {f"{s}_logprob_gap": f"{s}_logprob_gap" for s in ("grpo", "prerl", "nsr_prerl")},
     "qwen": {
         "mfu": "update_mfu",
         "update_peak_fraction": "update_peak_fraction",

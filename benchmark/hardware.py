@@ -19,7 +19,17 @@ SPARE = 0.1  # of the update's peak, for fragmentation. A guess
 ROLLOUT_LIMIT = 0.97  # share of the card that the rollout may fill: its parts are known in advance
 CHUNK = 2048  # tokens whose logits exist at once: common.Policy
 DEFAULT_UTILIZATION, DEFAULT_TOKENS = 0.6, 16384  # the scripts' defaults
+OFFLOAD_TOKENS = 65536  # with --cpu-offload every micro-batch moves all weights: few large ones
 KV_SEQUENCES = 8  # an engine that holds fewer whole sequences is starved
+
+
+def pinned(size: int) -> int:
+    """What PyTorch takes for `size` bytes of pinned memory, and keeps: the next power of two.
+
+    >>> pinned(5), pinned(8)
+    (8, 8)
+    """
+    return 1 << (size - 1).bit_length()
 
 
 @dataclass
@@ -53,6 +63,24 @@ class Shape:
     @property
     def parameters(self) -> int:
         return self.layers * self.layer + self.ends + self.hidden
+
+    def host(self, tp: int) -> int:
+        """Bytes of pinned host memory for a sleeping rank's copy of its engine's weights.
+
+        vLLM fuses q, k, v and gate, up; its head is never tied: common.make_engine.
+        """
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        layer = (q + 2 * kv, q, 2 * self.intermediate, self.intermediate)
+        rows = self.layers * [*layer] + 2 * [self.vocab]
+        return sum(pinned(2 * n * self.hidden // tp) for n in rows)
+
+    def offloaded(self, gpus: int) -> int:
+        """Bytes of host memory, all GPUs: pinned float32 weights and gradients, AdamW's moments."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        layer = (q, kv, kv, q, *3 * [self.intermediate])
+        rows = self.layers * [*layer] + (1 if self.tied else 2) * [self.vocab]
+        each = sum(pinned(4 * n * self.hidden // gpus) for n in rows)
+        return 2 * gpus * each + 8 * self.parameters
 
     @property
     def length(self) -> int:
@@ -105,14 +133,13 @@ def rollout_terms(m: Shape, gpus: int, tp: int, share: float, offload: bool) -> 
         "cache": cache,
         "sequences": cache / a_token / m.length,
         "peak": state + share * GPU * GIB + FIXED * GIB,
-        "host": gpus * weights
-        + (16 * m.parameters if offload else 0),  # the sleeping engines' copy
+        "host": gpus * m.host(tp) + (m.offloaded(gpus) if offload else 0),
     }
 
 
 def plan(m: Shape, gpus: int) -> tuple[list[str], dict, dict]:
     """The fewest flags with which both peaks fit: smaller micro-batches first, then offloading."""
-    for tokens, offload in ((DEFAULT_TOKENS, False), (8192, False), (DEFAULT_TOKENS, True)):
+    for tokens, offload in ((DEFAULT_TOKENS, False), (8192, False), (OFFLOAD_TOKENS, True)):
         update = update_terms(m, gpus, tokens, offload)
         state = 0 if offload else 12 * m.parameters / gpus / GIB
         free = ROLLOUT_LIMIT * GPU - FIXED - state

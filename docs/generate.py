@@ -64,7 +64,8 @@ METRICS = {
     "time/step": "the sum of these",
     "throughput/rollout_tokens_per_s": "response tokens of all ranks by time/rollout",
     "throughput/update_tokens_per_s": "response tokens computed, by time/update",
-    "memory/peak_gib": "rank 0's largest so far: CUDA allocator, or resident set on a CPU",
+    "memory/peak_gib": "rank 0's largest so far: CUDA allocator (the engine's memory counts while "
+    "it sleeps, too), or resident set on a CPU",
     "eval/NAME/avg@k": "share of right responses, k to each held-out problem",
     "eval/NAME/pass@k": "share of problems with a right one among k",
     "eval/NAME/length": "mean tokens",

@@ -15,13 +15,13 @@ import grading
 import inputs
 import plot
 import thoughts
-from benchmark import estimate, flops, growth, study, token_passes
+from benchmark import estimate, flops, growth, hardware, study, token_passes
 
 DR_GRPO, GRPO, RLOO, REINFORCE = "dr_grpo", "grpo", "rloo", "reinforce++"
 
 
 MODULES = [common, inputs, grading, thoughts, plot, grad_alignment]
-MODULES += [estimate, flops, growth, study, token_passes]
+MODULES += [estimate, flops, growth, hardware, study, token_passes]
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)

@@ -181,6 +181,7 @@ def test_first_step_is_the_papers(tmp_path, script, minibatches, knobs):
     with torch.no_grad():
         old = [logprobs_of(model, x, y) for x, y, _ in samples]
     order = torch.randperm(len(A), generator=torch.Generator().manual_seed(1))
+    outside, tokens = 0, 0
     for minibatch in order.chunk(minibatches):
         counted = [i for i in minibatch.tolist() if script != "nsr_prerl" or A[i] < 0]
         count = sum(len(samples[i][1]) for i in counted)
@@ -188,6 +189,8 @@ def test_first_step_is_the_papers(tmp_path, script, minibatches, knobs):
         for i in counted:
             x, y, _ = samples[i]
             ratio = (logprobs_of(model, x, y) - old[i]).exp()
+            outside += ((ratio < low) | (ratio > high)).sum().item() if A[i] else 0
+            tokens += len(y) if A[i] else 0
             if A[i] >= 0:
                 objective = torch.minimum(ratio * A[i], ratio.clamp(low, high) * A[i])
             else:
@@ -195,7 +198,10 @@ def test_first_step_is_the_papers(tmp_path, script, minibatches, knobs):
             (-objective.sum() / count).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
         optimizer.step()
-    assert metrics(tmp_path)[0]["policy/grad_norm"] == pytest.approx(norm, rel=1e-3)
+    row = metrics(tmp_path)[0]
+    assert row["policy/grad_norm"] == pytest.approx(norm, rel=1e-3)
+    assert row["policy/clip_fraction"] == pytest.approx(outside / tokens, abs=2e-3)
+    assert (row["policy/clip_fraction"] > 0.01) == bool(knobs)
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "model").double()
     own = torch.cat([(p - b).flatten() for p, b in zip(trained.parameters(), before)])
     oracle = torch.cat([(p - b).flatten() for p, b in zip(model.parameters(), before)])
