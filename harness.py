@@ -4,6 +4,7 @@ Small, independent functions, used by all programs; a reader of the algorithms c
 """
 
 import ast
+import atexit
 import ctypes
 import dataclasses
 import datetime
@@ -83,6 +84,8 @@ def fail(message: str) -> None:
     """Bad input: one line on stderr, from every node's first rank; exit code 2."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {message}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(5)  # as soon as one rank has ended the launcher stops the others
     sys.exit(2)
 
 
@@ -210,7 +213,16 @@ def launch(main, args) -> None:
     Processes are started by torch.distributed.run, which is what `torchrun` calls.
     """
     if "RANK" in os.environ:
-        return main(args)
+        code = 0
+        try:
+            main(args)
+        except SystemExit as end:
+            code = end.code
+        # Python would now take its libraries apart: two seconds, in which gloo's threads may abort.
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     if not torch.cuda.is_available() and args.preset == "paper" and not Path(args.model).is_dir():
         fail(
             f"no GPU was found, and {args.model} with the paper's setting needs a GPU node. On a "
