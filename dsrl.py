@@ -86,9 +86,9 @@ class Args:
     negatives: Literal["advantage", "reward"] = "advantage"
     """negative means A < 0 (paper), or every wrong sample: then A = +1 if right, -1 if wrong"""
     positive_weight: float = 1.0
-    """factor of samples with A > 0; 0 leaves them out (paper: 1)"""
+    """factor of samples with A > 0, where they count; 0 leaves them out (paper: 1)"""
     negative_weight: float = 1.0
-    """factor of samples with A < 0; 0 leaves them out (paper: 1)"""
+    """factor of samples with A < 0, where they count; 0 leaves them out (paper: 1)"""
     loss_aggregation: Literal[
         "token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm", "microbatch-token-mean"
     ] = "token-mean"
