@@ -413,6 +413,25 @@ class Policy(nn.Module):
         )
 
 
+def plain_attention(module, q, k, v, mask, scaling: float, **_):
+    """softmax(q kᵀ scaling + mask) v as matrix products, in q's dtype.
+
+    The queries of a key-value head, H/K heads of them, are rows of one matrix: keys and values are
+    not repeated.
+
+    Args:
+        q: [B, H, L, D]; k, v: [B, K, S, D]; mask: added to the scores [B, H, L, S].
+
+    Returns:
+        [B, L, H, D], and None, as transformers asks.
+    """
+    B, H, L, D = q.shape
+    scores = (q * scaling).reshape(B, k.shape[1], -1, D) @ k.mT  # [B, K, H/K * L, S]
+    weights = scores.view(B, H, L, -1).add_(mask).softmax(-1)
+    out = weights.view(scores.shape) @ v
+    return out.view(B, H, L, D).transpose(1, 2).contiguous(), None
+
+
 def load_policy(path: str, config, tokenizer, args, device) -> Policy:
     """The model sharded by FSDP2: compute in --dtype; master weights and reduce in float32.
 
@@ -435,7 +454,12 @@ def load_policy(path: str, config, tokenizer, args, device) -> Policy:
     if device.type == "cpu" and dtype == torch.bfloat16:
         # Plain matrix products are faster here, but need memory by the length squared.
         if args.max_prompt_length + args.max_completion_length <= 1024:
-            attention = "eager"
+            from transformers import AttentionInterface, AttentionMaskInterface
+            from transformers.masking_utils import eager_mask
+
+            attention = "plain"
+            AttentionInterface.register(attention, plain_attention)
+            AttentionMaskInterface.register(attention, eager_mask)
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config, dtype=master, attn_implementation=attention)
     if args.gradient_checkpointing:
@@ -593,10 +617,12 @@ def score(policy, prompts: list[list[int]], samples: list[dict], args, device) -
         if batch and width * (len(batch) + 1) > args.max_tokens_per_microbatch:
             break
         batch.append(i)
-    tokens, is_response = collate(prompts, responses, batch[:4], device)
-    logp = policy(tokens, is_response)
+    batch = batch[:4]
+    x, y = ([each[i] for i in batch] for each in (prompts, responses))
+    prefix, x = split_prefix(x, y, args)
+    logp = policy(*collate(x, y, range(len(batch)), device), prefix)
     policy.reshard()  # FSDP's root stays gathered after a forward without backward
-    gap = (logp - sampler_logprobs(samples, batch[:4], device)).abs().cpu()
+    gap = (logp - sampler_logprobs(samples, batch, device)).abs().cpu()
     total = torch.tensor([gap.sum(), len(gap)], dtype=torch.float64)
     dist.all_reduce(total)
     return {"sync/logprob_gap": (total[0] / total[1].clamp(min=1)).item()}

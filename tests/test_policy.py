@@ -139,7 +139,7 @@ def test_prefix_computed_once_changes_nothing(tiny_model_dir, left):
     assert common.split_prefix(prompts, responses, args) == ([], prompts)
 
 
-@pytest.mark.parametrize(("longest", "attention"), [(1024, "eager"), (1025, "sdpa")])
+@pytest.mark.parametrize(("longest", "attention"), [(1024, "plain"), (1025, "sdpa")])
 def test_bfloat16_on_a_cpu(tiny_model_dir, longest, attention):
     """Either attention is float32's up to rounding, with a prefix and without one."""
     exact, _ = load(tiny_model_dir)
@@ -161,6 +161,26 @@ def test_bfloat16_on_a_cpu(tiny_model_dir, longest, attention):
             )
         )
         assert (a - b).norm() < 0.06 * b.norm()
+
+
+@pytest.mark.parametrize("past", [0, 5])
+def test_plain_attention(past):
+    """Values and gradients of PyTorch's own, with grouped queries and keys of a prefix."""
+    torch.manual_seed(0)
+    shapes = [(2, 6, 4, 8), (2, 3, past + 4, 8), (2, 3, past + 4, 8)]
+    own = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    other = [x.detach().clone().requires_grad_() for x in own]
+    allowed = torch.ones(4, past + 4, dtype=torch.bool).tril(past)
+    mask = torch.zeros(1, 1, 4, past + 4, dtype=torch.float64).masked_fill(~allowed, -1e30)
+    a, _ = common.plain_attention(None, *own, mask, 0.3)
+    b = torch.nn.functional.scaled_dot_product_attention(
+        *other, attn_mask=allowed, scale=0.3, enable_gqa=True
+    ).transpose(1, 2)
+    assert torch.allclose(a, b)
+    weights = torch.randn(a.shape, dtype=torch.float64)
+    (a * weights).sum().backward()
+    (b * weights).sum().backward()
+    assert all(torch.allclose(x.grad, y.grad) for x, y in zip(own, other))
 
 
 def test_pretrain_space_does_not_see_x(tiny_model_dir):
