@@ -321,6 +321,14 @@ def clipped_objective(logp, old_logp, A, clip_low: float, clip_high: float, dual
     return torch.where(A < 0, torch.maximum(objective, dual_clip * A), objective)
 
 
+@torch.no_grad()
+def batch_stats(loss, logp, old_logp, args) -> torch.Tensor:
+    """Of a micro-batch: loss, Σ logp, tokens whose ratio left the clip range, tokens; [4]."""
+    ratio = (logp - old_logp).exp()
+    outside = (ratio < 1 - args.clip_low) | (ratio > 1 + args.clip_high)
+    return torch.stack([loss, logp.sum(), outside.sum(), torch.ones_like(logp).sum()]).cpu()
+
+
 # ------------------------------------------------------------------------- policy and micro-batches
 
 

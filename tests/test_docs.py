@@ -139,7 +139,7 @@ def test_results_are_the_studys():
 
 
 @pytest.mark.parametrize("name", hardware.MODELS)
-def test_hardware_counts_the_models_parameters(name):
+def test_hardware_counts_the_models_parameters(name, monkeypatch):
     """The shapes of benchmark/hardware.py, against transformers' models on the meta device."""
     m = hardware.MODELS[name]
     config = (Qwen3Config if m.qwen3 else Qwen2Config)(
@@ -156,6 +156,11 @@ def test_hardware_counts_the_models_parameters(name):
         model = AutoModelForCausalLM.from_config(config)
     assert sum(p.numel() for p in model.parameters()) == m.parameters
     assert sum(p.numel() for p in model.model.layers[0].parameters()) == m.layer
+    # Where nothing is rounded, the host holds the matrices: all but biases and norms.
+    monkeypatch.setattr(hardware, "pinned", lambda size: size)
+    head = m.vocab * m.hidden if m.tied else 0  # the engine's is never tied
+    assert m.host(1) == pytest.approx(2 * (m.parameters + head), rel=1e-3)
+    assert m.offloaded(1) == pytest.approx(16 * m.parameters, rel=1e-3)
 
 
 def test_pre_commit_hooks_are_clean():

@@ -137,23 +137,23 @@ def test_rows_as_the_hub_sets_have_them(tmp_path, capsys):
         data = tmp_path / f"{i}.jsonl"
         data.write_text(json.dumps(row) + "\n")
         golds += [p["answer"] for p in inputs.load_problems(str(data), "test")]
-    wanted = [
-        "033",
-        "70",
-        "27.0",
-        "\\frac{1}{2}",
-        "4.5e33",
-        "2, 5",
-        "\\sqrt{2}",
-        "9",
-        "56",
-        "12",
-        "0",
-    ]
+    wanted = "033|70|27.0|\\frac{1}{2}|4.5e33|2, 5|\\sqrt{2}|9|56|12|0".split("|")
     assert golds == wanted
     data.write_text("".join(json.dumps(r) + "\n" for r in (rows[1], rows[-1])))
     assert len(inputs.load_problems(str(data), "test")) == 1
     assert "1 rows without problem or answer are left out" in capsys.readouterr().out
+
+
+def test_a_subset_of_a_set(tmp_path):
+    """OWNER/NAME:SUBSET, on a folder laid out as a set on the hub is."""
+    files = {"main": "1+1", "hard": "2+2"}
+    card = "---\nconfigs:\n"
+    for name, problem in files.items():
+        card += f"- config_name: {name}\n  data_files:\n  - split: test\n    path: {name}.jsonl\n"
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"question": problem, "answer": "x"}))
+    (tmp_path / "README.md").write_text(card + "---\n")
+    for name, problem in files.items():
+        assert inputs.load_problems(f"{tmp_path}:{name}", "test")[0]["problem"] == problem
 
 
 @pytest.mark.skipif(not AUTHORS.is_dir(), reason="the authors' parquet files are not here")

@@ -178,3 +178,10 @@ def test_oracle_is_not_ours():
         oracle_loss(logps, logps, [s], [True], "token-mean", 8, 0.2, 0.2, 10.0) for s in (1.0, -1.0)
     )
     assert math.isclose(a, -1.0) and math.isclose(b, 1.0)
+
+
+def test_responses_without_a_counted_token():
+    """They weigh something finite, which multiplies nothing: a fork's skipped tokens, say."""
+    counted, lengths = torch.tensor([True, True]), torch.tensor([0, 4])
+    for kind in ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"):
+        assert common.token_weights(counted, lengths, kind, 8).isfinite().all()

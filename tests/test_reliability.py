@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_scripts import ROOT, SMALL, learned, metrics, run, same, weights
 from tokenizers import processors
 from transformers import AutoTokenizer
@@ -267,6 +268,21 @@ def test_disk_space(tmp_path, monkeypatch, capsys):
     checkpoint.mkdir(parents=True)
     (checkpoint / "__0_0.distcp").write_bytes(bytes(10**8))
     harness.check_disk(tmp_path, base, args)
+
+
+def test_tensorboard_of_a_resumed_run(tmp_path, one_rank):
+    """Steps that were made after the checkpoint and are made again are there once."""
+    args = SimpleNamespace(track="none")
+    for begin, end in ((1, 4), (3, 5)):
+        file = tmp_path / "metrics.jsonl"
+        if file.exists():  # as load_checkpoint() cuts it
+            file.write_text("".join(file.read_text().splitlines(keepends=True)[: begin - 1]))
+        log = harness.make_logger(tmp_path, args)
+        for step in range(begin, end + 1):
+            log(step, {"step": step, "reward/mean": 10.0 * begin + step})
+    board = EventAccumulator(str(tmp_path)).Reload()
+    found = [(event.step, event.value) for event in board.Scalars("reward/mean")]
+    assert found == [(1, 11), (2, 12), (3, 33), (4, 34), (5, 35)]
 
 
 def test_unwritable_folder():
