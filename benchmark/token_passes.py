@@ -100,6 +100,8 @@ def make_update(args: Args):
         gradient_checkpointing=args.checkpointing,
         cpu_offload=False,
         temperature=1.0,
+        max_prompt_length=args.prompt_length,
+        max_completion_length=args.new_tokens,
         learning_rate=0.0,  # both forms at the same weights, so that their gradients must agree
         weight_decay=0.0,
         max_tokens_per_microbatch=args.max_tokens_per_microbatch,

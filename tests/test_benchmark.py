@@ -1,0 +1,46 @@
+"""The programs of benchmark/ run, in their smallest form. Speed and memory are not judged here."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def last_line(*command: str) -> dict:
+    """The JSON that a program of benchmark/ ends with."""
+    command = [sys.executable, f"benchmark/{command[0]}", *command[1:]]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_token_passes():
+    """It also checks that either's passes give the same gradient."""
+    flags = "--samples 4 --prompt-length 12 --new-tokens 8 --repeats 1".split()
+    result = last_line("token_passes.py", *flags)
+    assert result["passes"] == {"fork": 4 * 4 * (20 + 9), "ours": 3 * 2 * 9 + 4 * 20}
+    assert set(result["seconds"]) == {"fork", "ours"} and result["time_ratio"] > 0
+
+
+@pytest.mark.parametrize("script", ["grpo_baseline.py", "dsrl.py"])
+def test_step_breakdown(script):
+    """The work of a step is what was asked for, and the parts are shares of the whole."""
+    lab = "--preset lab --num-prompts 2 --num-generations 4"
+    flags = ["--script", script, "--num-steps", "2", "--new-tokens", "16", "--flags", lab]
+    result = last_line("step_breakdown.py", *flags)
+    assert 0 < result["update_peak_fraction"] < 1
+    assert 0 < result["sync_share"] < result["other_share"] < 1
+    assert result["rollout_tokens_per_s"] > 0 and result["peak_gib"] > 0
+
+
+def test_memory():
+    """Full logits of 32,000 words need more memory than ours, even for few tokens."""
+    flags = "--vocabs 32000 --tokens 4096 --hidden 64 --layers 1 --repeats 1".split()
+    points = last_line("memory.py", *flags)["points"]
+    peaks = {point["head"]: point["peak_gib"] for point in points}
+    assert set(peaks) == {"chunked", "log_softmax", "cross_entropy"}
+    assert peaks["chunked"] < min(peaks["log_softmax"], peaks["cross_entropy"])
