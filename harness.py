@@ -15,6 +15,7 @@ import logging
 import math
 import os
 import resource
+import secrets
 import shutil
 import signal
 import sys
@@ -429,7 +430,12 @@ def make_logger(folder: Path, args):
     if args.track != "none":
         tracker = __import__(args.track)
         project = os.environ.get("WANDB_PROJECT", "pretrain-space-rl")
-        tracker.init(project=project, name=folder.name, config=vars(args))
+        known = folder / "tracker_id"  # a resumed run goes on there as the same run
+        if not (lines and known.exists()):
+            known.write_text(secrets.token_hex(4))
+        os.environ.setdefault("WANDB_RUN_ID", known.read_text())  # trackio knows runs by name
+        resume = {"resume": "allow"} if lines else {}
+        tracker.init(project=project, name=folder.resolve().name, config=vars(args), **resume)
 
     def log(step: int, metrics: dict) -> None:
         finite = {  # JSON has no NaN and no infinity
