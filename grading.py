@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import re
 import resource
+import sys
 from pathlib import Path
 
 INTEGER = re.compile(r"-?[0-9]{1,15}")
@@ -53,6 +54,8 @@ def start_verifier():
     # Forked from a clean server: never from this process with its engine and threads.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["grading", "math_verify"])
+    # A worker imports its parent's main module, the script with its torch, unless told another.
+    sys.modules["__main__"].__spec__ = sys.modules[__name__].__spec__
     pool = ProcessPool(max_workers=workers, context=context, initializer=start_worker)
     pool.schedule(math_verify_equal, args=("1", "1")).result()
     return pool
