@@ -30,7 +30,7 @@ def test_token_passes():
 def test_step_breakdown(script):
     """The work of a step is what was asked for, and the parts are shares of the whole."""
     lab = "--preset lab --num-prompts 2 --num-generations 4"
-    flags = ["--script", script, "--num-steps", "2", "--new-tokens", "16", "--flags", lab]
+    flags = ["--script", script, "--num-steps", "2", "--new-tokens", "16", f"--flags={lab}"]
     result = last_line("step_breakdown.py", *flags)
     assert 0 < result["update_peak_fraction"] < 1
     assert 0 < result["sync_share"] < result["other_share"] < 1

@@ -285,6 +285,24 @@ def test_tensorboard_of_a_resumed_run(tmp_path, one_rank):
     assert found == [(1, 11), (2, 12), (3, 33), (4, 34), (5, 35)]
 
 
+def test_tracking_of_a_resumed_run(tmp_path, one_rank, monkeypatch):
+    """wandb is given the id of the run before, trackio its name; a new run gets its own."""
+    calls = []
+    service = SimpleNamespace(log=lambda metrics, step: None)
+    service.init = lambda **options: calls.append((os.environ.get("WANDB_RUN_ID"), options))
+    monkeypatch.setitem(sys.modules, "wandb", service)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    for folder in ("a", "a", "b"):
+        os.environ.pop("WANDB_RUN_ID", None)
+        (tmp_path / folder).mkdir(exist_ok=True)
+        log = harness.make_logger(tmp_path / folder, SimpleNamespace(track="wandb"))
+        log(1, {"step": 1})
+    (first, new), (second, resumed), (other, _) = calls
+    assert first == second != other and len(other) == 8
+    assert new["name"] == resumed["name"] == "a"
+    assert "resume" not in new and resumed["resume"] == "allow"
+
+
 def test_unwritable_folder():
     output = run("dsrl", Path("/proc/nowhere"), code=2)
     assert "error: the output folder cannot be written" in output
