@@ -19,6 +19,7 @@ import secrets
 import shutil
 import signal
 import sys
+import tempfile
 import textwrap
 import time
 import traceback
@@ -250,11 +251,12 @@ def launch(main, args) -> None:
     # Ranks get signals from us, and time to save. What torchrun itself stops, after a rank has
     # failed, hangs in a collective: 5 seconds are enough.
     options = ["--standalone", "--signals-to-handle=SIGHUP", "--shutdown-timeout=5"]
-    try:
-        torchrun([*options, f"--nproc-per-node={n}", *sys.argv])
-    except ChildFailedError as error:
-        code = error.get_first_failure()[1].exitcode
-        sys.exit(128 - code if code < 0 else code)  # below 0: ended by that signal
+    with tempfile.TemporaryDirectory() as logs:  # torchrun would leave one of its own behind
+        try:
+            torchrun([*options, f"--log-dir={logs}", f"--nproc-per-node={n}", *sys.argv])
+        except ChildFailedError as error:
+            code = error.get_first_failure()[1].exitcode
+            sys.exit(128 - code if code < 0 else code)  # below 0: ended by that signal
 
 
 def forward_signals() -> None:

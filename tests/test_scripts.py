@@ -287,8 +287,15 @@ def test_resume_in_the_same_folder(runs, tmp_path):
 
 @pytest.mark.parametrize("tensor_parallel", [1, 2])
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_two_processes(runs, tmp_path, script, tensor_parallel):
-    """The first step samples the same responses on any number of ranks, and updates alike."""
+def test_two_processes(runs, tmp_path, script, tensor_parallel, monkeypatch):
+    """The first step samples the same responses on any number of ranks, and updates alike.
+
+    Nothing is left in the folder for temporary files (but vLLM's sockets with tensor parallel).
+    """
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    if tensor_parallel == 1:
+        monkeypatch.setenv("TMPDIR", str(temporary))
     flags = ["--num-processes", "2", "--tensor-parallel-size", str(tensor_parallel)]
     flags += ["--warmup-steps", "1"] if script == "dsrl" else []
     run(script, tmp_path, *flags, "--num-steps", "2", "--eval-every", "0")
@@ -299,6 +306,7 @@ def test_two_processes(runs, tmp_path, script, tensor_parallel):
     for key in ("policy/loss", "policy/grad_norm", "policy/logprob"):
         assert two[0][key] == pytest.approx(one[1][key], rel=1e-4, abs=1e-6)
     AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert not list(temporary.iterdir())
 
 
 def test_minibatches_and_knobs(tmp_path):
