@@ -145,7 +145,8 @@ def test_signals_stop_after_the_step(whole, tmp_path, number):
     steps = lines(folder) - 1
     assert 2 <= steps < 6
     wait_until(lambda: not processes_of(folder), seconds=20)
-    wait_until(lambda: not abandoned_memory() - before, seconds=20)
+    left = abandoned_memory() - before  # runs of other tests may have some, until they end
+    wait_until(lambda: not left & abandoned_memory(), seconds=200)
     output = folder.with_suffix(".log").read_text()
     assert f"stopped after step {steps}" in output and "Traceback" not in output
     assert [p.name for p in (folder / "checkpoints").iterdir()] == [f"step_{steps:06d}"]
