@@ -77,6 +77,10 @@ def make_engine(path: str, tokenizer, args):
         **extra,
     )
     torch.set_num_threads = set_num_threads  # vLLM's CPU worker puts a stub in its place
+    if not torch.cuda.is_available() and args.tensor_parallel_size > 1:
+        # All ranks have the shared memory by now: without its name, it goes when they end.
+        for memory in Path("/dev/shm").glob(f"{os.environ['MASTER_PORT']}-*"):
+            memory.unlink(missing_ok=True)
     if torch.cuda.is_available():
         # Level 1 keeps a copy in host memory. Level 2 drops the weights, which would be right as
         # every sync replaces them, but has had bugs that return garbage.
