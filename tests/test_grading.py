@@ -1,6 +1,8 @@
 """The grader with its real pool of processes: right, wrong, awkward and hostile answers."""
 
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -329,3 +331,22 @@ def test_every_gold_of_the_papers_data_equals_itself(pool):
         unreadable[file.stem] = [golds[i] for i in grading.bad_golds(pool, golds, args)]
     assert rows["math_train"] == 7500 and unreadable.pop("math_train") == [""] * 4
     assert not any(unreadable.values())
+
+
+def test_workers_do_not_import_the_script(tmp_path):
+    """What the script imports, torch above all, would cost every worker time and memory."""
+    (tmp_path / "heavy.py").touch()
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import grading, heavy\n"
+        "if __name__ == '__main__':\n"
+        "    pool = grading.start_verifier()\n"
+        "    loaded = \"'heavy' in __import__('sys').modules\"\n"
+        "    print(eval(loaded), pool.schedule(eval, args=(loaded,)).result())\n"
+        "    pool.stop()\n"
+    )
+    env = os.environ | {"PYTHONPATH": str(Path(grading.__file__).parent)}
+    done = subprocess.run(
+        [sys.executable, script], env=env, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.split() == ["True", "False"], done.stderr
