@@ -5,9 +5,11 @@ and rollout, advantages and loss, policy and micro-batches, canary, evaluation. 
 in inputs.py; command line, output folder and checkpoints are in harness.py.
 """
 
+import contextlib
 import math
 import os
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -16,39 +18,34 @@ import torch.distributed as dist
 from torch import nn
 
 import grading
+import harness
 import thoughts
+import workarounds
 
-# ------------------------------------------------------------------------------- engine and rollout
+# ------------------------------------------------------------------------------------------- engine
 
 
-def make_engine(path: str, tokenizer, args):
+def make_engine(path: str, tokenizer, args, shared: bool = True):
     """vLLM in this process. Ranks r*TP .. r*TP+TP-1 form one tensor-parallel engine.
 
     Weights are not read from disk: the first sync brings them. The engine's vocabulary is cut to
     the tokenizer's, so that the ids Qwen pads its embeddings with can never be sampled.
+
+    Args:
+        shared: the GPU is the trainer's between rollouts, so the engine then sleeps.
     """
     if torch.cuda.is_available():
-        # CUDA graphs stay on; sleep mode gives the memory back to the trainer between rollouts.
         extra = dict(
             gpu_memory_utilization=args.gpu_memory_utilization,
-            enable_sleep_mode=True,
+            enable_sleep_mode=shared,
         )
         # In float32 vLLM's attention is Triton's, whose matrix products would be TF32.
         os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
+        start = contextlib.nullcontext()
     else:
-        # A small function of vLLM's sampler would be compiled at the first token: seconds lost, and
-        # a failure where there is no C++ compiler. The flag is read as vLLM is imported.
-        torch._dynamo.config.disable = True
-        from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
-        from vllm.kernels import vllm_c
-
-        # Tensor parallel: the ranks' shared memory gets a name of this run's own. All others would
-        # have the same, also one that was killed and has left its memory behind.
-        _CPUSHMDistributed.make_group_name = staticmethod(
-            lambda group: f"{os.environ['MASTER_PORT']}-{group.unique_name}-{group.ranks}"
-        )
-        # Its CPU build has this kernel, but vLLM takes ten operations there unless it is told to.
-        vllm_c.fused_add_rms_norm.supported = True
+        workarounds.prepare_cpu_engine()
+        workarounds.remember_packed_weights(bits)
+        start = workarounds.own_shared_memory()
         length = args.max_prompt_length + args.max_completion_length
         extra = dict(
             enforce_eager=True,
@@ -61,40 +58,84 @@ def make_engine(path: str, tokenizer, args):
         )
     from vllm import LLM
 
-    set_num_threads = torch.set_num_threads
-    engine = LLM(
-        path,
-        load_format="dummy",
-        # Untied: vLLM's CPU kernels repack a tied head at load, and a reload would not reach it.
-        hf_overrides={"vocab_size": len(tokenizer), "tie_word_embeddings": False},
-        dtype="float32" if args.dtype == "float64" else args.dtype,
-        tensor_parallel_size=args.tensor_parallel_size,
-        distributed_executor_backend="external_launcher",
-        max_model_len=args.max_prompt_length + args.max_completion_length,
-        logprobs_mode="processed_logprobs",  # of the distribution that was sampled from
-        seed=args.seed,
-        disable_log_stats=True,
-        **extra,
-    )
-    torch.set_num_threads = set_num_threads  # vLLM's CPU worker puts a stub in its place
-    if not torch.cuda.is_available() and args.tensor_parallel_size > 1:
-        # All ranks have the shared memory by now: without its name, it goes when they end.
-        for memory in Path("/dev/shm").glob(f"{os.environ['MASTER_PORT']}-*"):
-            memory.unlink(missing_ok=True)
-    if torch.cuda.is_available():
-        # Level 1 keeps a copy in host memory. Level 2 drops the weights, which would be right as
-        # every sync replaces them, but has had bugs that return garbage.
+    with start, workarounds.own_threads():
+        engine = LLM(
+            path,
+            load_format="dummy",
+            # Untied: vLLM's CPU kernels repack a tied head at load; a reload would not reach it.
+            hf_overrides={"vocab_size": len(tokenizer), "tie_word_embeddings": False},
+            dtype="float32" if args.dtype == "float64" else args.dtype,
+            tensor_parallel_size=args.tensor_parallel_size,
+            distributed_executor_backend="external_launcher",
+            max_model_len=args.max_prompt_length + args.max_completion_length,
+            logprobs_mode="processed_logprobs",  # of the distribution that was sampled from
+            seed=args.seed,
+            disable_log_stats=True,
+            **extra,
+        )
+    if sleeps(engine):
         engine.sleep(level=1)
     return engine
 
 
-def sync_weights(engine, policy, dtype: torch.dtype) -> None:
+def sleeps(engine) -> bool:
+    """Does the engine share its GPU with a trainer? Never on a CPU."""
+    return engine.llm_engine.model_config.enable_sleep_mode
+
+
+def weights_stay(engine, args) -> bool:
+    """May the engine's weights stay on the GPU while the trainer works, so that none is copied?
+
+    Yes, if they and the trainer's state leave 40% of the card for one micro-batch. The state is
+    float32 weights, gradients and AdamW's two moments, 16 bytes a parameter over the ranks.
+    benchmark/hardware.py has the same rule. vLLM has only been able to do this since 0.32.
+    """
+    if not hasattr(engine, "release_kv_cache_memory"):
+        return False
+    parameters = engine.collective_rpc(lambda worker: list(worker.get_model().parameters()))[0]
+    held = sum(p.nbytes for p in parameters)
+    count = sum(p.numel() for p in parameters) * args.tensor_parallel_size
+    state = 0 if args.cpu_offload else 16 * count / dist.get_world_size()
+    return held + state <= 0.6 * torch.cuda.mem_get_info()[1]
+
+
+def sleep(engine, args) -> None:
+    """After a rollout: the KV cache's memory is the trainer's, and the weights' if it needs it."""
+    if not sleeps(engine):
+        return
+    if weights_stay(engine, args):
+        workarounds.finish_queued_batches(engine)
+        engine.sleep(level=0)
+        engine.release_kv_cache_memory()
+    else:
+        # Level 1 keeps a copy in host memory. Level 2 drops the weights, which would be right as
+        # every sync replaces them, but has had bugs that return garbage.
+        engine.sleep(level=1)
+
+
+def wake(engine, tag: str) -> None:
+    """Give the engine memory again: "weights" for a sync, then "kv_cache" for a rollout.
+
+    One after the other, so that the KV cache never stands beside what a sync needs. What is awake
+    stays so.
+    """
+    if sleeps(engine) and engine.llm_engine.is_sleeping():
+        torch.cuda.empty_cache()  # what the trainer has freed
+        engine.wake_up(tags=[tag])
+
+
+# -------------------------------------------------------------------------------------- weight sync
+
+
+def sync_weights(engine, policy) -> None:
     """Send the trainer's weights to the engine: one parameter at a time is gathered and sent."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # offloaded shards travel by the GPU
+    dtype = engine.llm_engine.model_config.dtype
     weights = (  # cast first: half the bytes travel
-        (name, parameter.detach().to(dtype).full_tensor())
+        (name, parameter.detach().to(device).to(dtype).full_tensor())
         for name, parameter in policy.lm.named_parameters()
     )
-    send_weights(engine, weights, policy.vocab_size, policy.lm.config.tie_word_embeddings)
+    send_weights(engine, weights, policy.vocab_size, policy.lm.config)
 
 
 def read_weights(path: str):
@@ -104,41 +145,156 @@ def read_weights(path: str):
     for file in sorted(Path(path).glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():
-                yield name, tensors.get_tensor(name)
+                if "rotary_emb" not in name:  # old Llama files; no weight of the model
+                    yield name, tensors.get_tensor(name)
 
 
-def send_weights(engine, weights, vocab_size: int, tied: bool) -> None:
+def send_weights(engine, weights, vocab_size: int, config) -> dict[str, int]:
     """Replace the engine's weights by `weights`, an iterator of (name, whole tensor).
 
-    On CUDA the weights wake first and the KV cache only in rollout(): they never peak together.
+    Returns:
+        the bit sums of what was sent, for check_weights().
     """
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        if engine.llm_engine.is_sleeping():
-            engine.wake_up(tags=["weights"])
+    wake(engine, "weights")
+    dtype, sums = engine.llm_engine.model_config.dtype, {}
 
-    def adapted():  # to the engine's untied head and unpadded vocabulary
+    def adapted():  # to the engine's dtype, untied head and unpadded vocabulary
         for name, weight in weights:
+            weight = weight.to(dtype)
             if name.endswith(("embed_tokens.weight", "lm_head.weight")):
                 weight = weight[:vocab_size]
-            if not (tied and name == "lm_head.weight"):
+            if config.tie_word_embeddings and name == "lm_head.weight":
+                continue
+            names = [name]
+            if config.tie_word_embeddings and name.endswith("embed_tokens.weight"):
+                names.append("lm_head.weight")
+            for name in names:
+                add_bits(sums, name, bits(weight) * copies(name, config, engine))
                 yield name, weight
-            if tied and name.endswith("embed_tokens.weight"):
-                yield "lm_head.weight", weight
 
     engine.collective_rpc("reload_weights", kwargs={"weights_iterator": adapted()})
     engine.reset_prefix_cache()
+    return to_integers(sums)
 
 
-def rollout(engine, problems: list[dict], num_samples: int, seed: str, args) -> list[dict]:
+def bits(weight: torch.Tensor) -> torch.Tensor:
+    """Σ of the elements' bit patterns as integers, modulo 2^64.
+
+    Packing, order, sharding and padding with zeros do not change it; one other element does.
+
+    >>> bits(torch.tensor([1.0, -2.0, 0.0])), bits(torch.tensor([[-2.0], [1.0]]))
+    (tensor(-8388608), tensor(-8388608))
+    """
+    integers = {2: torch.int16, 4: torch.int32}[weight.itemsize]
+    return weight.detach().contiguous().view(integers).sum(dtype=torch.int64)
+
+
+def add_bits(sums: dict, name: str, value: torch.Tensor) -> None:
+    """Add a weight's bits to its group's: a layer, or a name such as embed_tokens."""
+    layer = re.search(r"layers\.\d+", name)
+    group = layer[0] if layer else name.split(".")[-2]
+    sums[group] = sums.get(group, 0) + value
+
+
+def to_integers(sums: dict[str, torch.Tensor]) -> dict[str, int]:
+    """Tensors to numbers in [0, 2^64), in one transfer."""
+    values = torch.stack(list(sums.values())).tolist() if sums else []
+    return {group: value % 2**64 for group, value in zip(sums, values)}
+
+
+def ranks_per_engine(engine) -> int:
+    return engine.llm_engine.vllm_config.parallel_config.tensor_parallel_size
+
+
+def copies(name: str, config, engine) -> int:
+    """How many ranks of a tensor-parallel engine hold each element of a parameter."""
+    tp = ranks_per_engine(engine)
+    if "norm" in name or name.endswith(("o_proj.bias", "down_proj.bias")):
+        return tp
+    if "k_proj" in name or "v_proj" in name:
+        return max(1, tp // config.num_key_value_heads)
+    return 1
+
+
+def engine_bits(worker) -> dict[str, int]:
+    """Bit sums of the weights that this rank's part of the engine holds; called by vLLM."""
+    sums = {}
+    for prefix, module in worker.get_model().named_modules():
+        for name, weight in module.named_parameters(recurse=False):
+            if weight.numel():  # vLLM's CPU kernels may keep a bias in float32
+                value = bits(weight.to(worker.model_config.dtype))
+            else:
+                value = module.packed_bits
+            add_bits(sums, f"{prefix}.{name}", value)
+    return to_integers(sums)
+
+
+@torch.no_grad()
+def policy_bits(engine, policy) -> dict[str, int]:
+    """Bit sums that the engine's weights must have, from the ranks' own shards of the policy's."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config, dtype, sums = policy.lm.config, engine.llm_engine.model_config.dtype, {}
+    for name, parameter in policy.lm.named_parameters():
+        weight = parameter.to_local().to(device).to(dtype)
+        if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            first = rank * math.ceil(len(parameter) / world_size)  # row of this rank's shard
+            weight = weight[: max(0, policy.vocab_size - first)]
+        value = bits(weight) * copies(name, config, engine)
+        add_bits(sums, name, value)
+        if config.tie_word_embeddings and name.endswith("embed_tokens.weight"):
+            add_bits(sums, "lm_head.weight", value)
+    parts = [None] * world_size
+    dist.all_gather_object(parts, to_integers(sums))
+    return {group: sum(part[group] for part in parts) % 2**64 for group in parts[0]}
+
+
+def check_sync(engine, policy) -> None:
+    """Exact: does every engine hold the very bits of the policy's weights, cast to its dtype?
+
+    Raises:
+        RuntimeError, on every rank, with the layers that differ.
+    """
+    check_weights(engine, policy_bits(engine, policy))
+
+
+def check_weights(engine, expected: dict[str, int]) -> None:
+    """Compare each engine's bit sums, added over its ranks, with the expected ones."""
+    wake(engine, "weights")
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, engine.collective_rpc(engine_bits)[0])
+    tp, wrong = ranks_per_engine(engine), set()
+    for first in range(0, len(parts), tp):
+        for group in {*expected, *parts[first]}:
+            held = sum(part.get(group, 0) for part in parts[first : first + tp]) % 2**64
+            if held != expected.get(group):
+                wrong.add(group)
+    if wrong:
+        names = sorted(wrong)
+        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        raise RuntimeError(
+            f"the engine's weights are not the policy's ({shown}): it would sample from another "
+            "model. The weight sync is broken, or vLLM stores this model's weights in another form"
+        )
+
+
+# ------------------------------------------------------------------------------------------ rollout
+
+
+def rollout(
+    engine, problems: list[dict], num_samples: int, seed: str, stop: list[int], args
+) -> list[dict]:
     """Sample y ~ π(·|x): `num_samples` responses to each problem, this rank's share of them.
 
     Each tensor-parallel group takes every n-th problem; each of its ranks keeps a part of the
     samples. A sample depends only on (seed, problem's id, its number), not on the ranks.
 
+    Args:
+        stop: ids that end a response, of inputs.find_stop_tokens(). The one that does is part of y.
+
     Returns:
-        dicts of index (problem * num_samples + number), ids (int32 [T], EOS included), logprobs
-        (float32 [T], the sampler's) and truncated (bool).
+        dicts of index (problem * num_samples + number), ids (int32 [T], the stop token included),
+        logprobs (float32 [T], the sampler's) and truncated (bool).
     """
     from vllm import SamplingParams
 
@@ -151,20 +307,19 @@ def rollout(engine, problems: list[dict], num_samples: int, seed: str, args) -> 
             top_p=args.top_p,
             max_tokens=args.max_completion_length,
             seed=random.Random(f"{seed} {problems[i]['id']}").getrandbits(31),
+            stop_token_ids=stop,
             logprobs=0,
             flat_logprobs=True,  # lists, not a dictionary for every token
             detokenize=False,
         )
         for i in mine
     ]
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # what the trainer has freed is for the KV cache
-        engine.wake_up(tags=["weights"])  # no effect right after a sync
-        engine.wake_up(tags=["kv_cache"])
+    wake(engine, "weights")
+    wake(engine, "kv_cache")
     prompts = [{"prompt_token_ids": problems[i]["prompt_ids"]} for i in mine]
     outputs = engine.generate(prompts, params, use_tqdm=False) if prompts else []
-    if torch.cuda.is_available():
-        engine.sleep(level=1)
+    harness.note_memory()
+    sleep(engine, args)
     samples = []
     for i, output in zip(mine, outputs):
         for g, y in enumerate(output.outputs):
@@ -202,6 +357,7 @@ def judge(samples: list[dict], golds: list[str], tokenizer, pool, args) -> dict:
     for sample, text, reward in zip(samples, texts, rewards):
         sample["reward"] = 0.0 if sample["truncated"] else reward
         sample["text"], sample["length"] = text, len(sample["ids"])
+        sample["boxed"] = grading.last_boxed(text) is not None
         sample["thoughts"] = thoughts.count(text)
     counts = torch.tensor([timeouts, errors])
     dist.all_reduce(counts)
@@ -218,6 +374,7 @@ def rollout_metrics(samples: list[dict], rewards: torch.Tensor, args) -> dict:
         "reward/solve_none": (solved == 0).float().mean().item(),
         "completion/length": float(np.mean(lengths)),
         "completion/truncated": float(np.mean([s["truncated"] for s in samples])),
+        "completion/boxed": float(np.mean([s["boxed"] for s in samples])),
         # E[-log π(y_t | x, y_<t)] over y ~ π is the entropy: no full distribution is needed.
         "policy/entropy": float(-np.concatenate([s["logprobs"] for s in samples]).mean()),
         **thoughts.rates([s["thoughts"] for s in samples], lengths),
@@ -494,6 +651,7 @@ def load_policy(path: str, config, tokenizer, args, device) -> Policy:
         full = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
         state = {f"lm.{name}": tensor for name, tensor in full.state_dict().items()}
         buffers = {f"lm.{name}": tensor for name, tensor in full.named_buffers()}
+    harness.wait_for_all()  # reading may take longer than a collective's time-out
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
     set_model_state_dict(policy, state, options=options)
     for name, buffer in policy.named_buffers():  # rotary frequencies are in no state dict
@@ -506,17 +664,22 @@ def load_policy(path: str, config, tokenizer, args, device) -> Policy:
 
 
 def make_optimizer(policy, args):
-    """AdamW with the paper's betas, over this rank's shards."""
+    """AdamW with the paper's betas, over this rank's shards.
+
+    Fused: one pass over the weights. PyTorch's default on CUDA makes a float32 copy of them all.
+    """
     return torch.optim.AdamW(
         policy.parameters(),
         lr=args.learning_rate,
         betas=(0.9, 0.999),
         weight_decay=args.weight_decay,
+        fused=True,
     )
 
 
 def clip_gradients(policy, max_norm: float) -> float:
     """Scale the gradients to `max_norm` if their norm is larger. Returns the norm before."""
+    harness.note_memory()
     if torch.cuda.is_available():
         # AdamW makes its moments in its first step. In blocks that the backward pass has freed they
         # would pin these for ever, and the KV cache could not have them.
@@ -630,9 +793,9 @@ def score(policy, prompts: list[list[int]], samples: list[dict], args, device) -
             break
         batch.append(i)
     batch = batch[:4]
-    x, y = ([each[i] for i in batch] for each in (prompts, responses))
-    prefix, x = split_prefix(x, y, args)
-    logp = policy(*collate(x, y, range(len(batch)), device), prefix)
+    # Of all samples, not of this rank's: a prefix is a forward pass more, on every rank or on none
+    prefix, contexts = split_prefix(prompts, responses, args)
+    logp = policy(*collate(contexts, responses, batch, device), prefix)
     policy.reshard()  # FSDP's root stays gathered after a forward without backward
     gap = (logp - sampler_logprobs(samples, batch, device)).abs().cpu()
     total = torch.tensor([gap.sum(), len(gap)], dtype=torch.float64)
@@ -650,8 +813,8 @@ def check_gap(gap: float, args) -> None:
         )
     if args.top_p == 1 and not gap <= limit:
         raise RuntimeError(
-            f"sync/logprob_gap is {gap:.4g}, over {limit:g}: the engine does not sample from the "
-            "trainer's weights, so this step would train on a lie. The weight sync is broken"
+            f"sync/logprob_gap is {gap:.4g}, over {limit:g}: the engine samples from another "
+            "policy than the trainer's, so this step's update would be wrong"
         )
 
 
@@ -726,7 +889,7 @@ def summarize(samples: list[dict], k: int) -> dict:
 
     Returns:
         avg@k; pass@m for m = 1, 2, 4, ... and k; standard_error of avg@k, over problems; problems;
-        length (tokens); truncated (share); thoughts/*.
+        length (tokens); truncated and boxed (shares); thoughts/*.
     """
     right = np.array([s["reward"] for s in samples]).reshape(-1, k)  # [problems, k]
     result = {f"avg@{k}": float(right.mean())}
@@ -736,22 +899,30 @@ def summarize(samples: list[dict], k: int) -> dict:
     result["standard_error"] = float(right.mean(1).std(ddof=1) / n**0.5) if n > 1 else float("nan")
     lengths = [s["length"] for s in samples]
     result |= {"problems": n, "length": float(np.mean(lengths))}
-    result["truncated"] = float(np.mean([s["truncated"] for s in samples]))
+    for key in ("truncated", "boxed"):
+        result[key] = float(np.mean([s[key] for s in samples]))
     return result | thoughts.rates([s["thoughts"] for s in samples], lengths)
 
 
-def sample_and_judge(engine, problems, k: int, tokenizer, pool, args) -> list[dict]:
+def sample_and_judge(engine, problems, k: int, stop, tokenizer, pool, args) -> list[dict]:
     """k judged samples to each problem, on every rank; the same seeds at every call."""
-    samples = rollout(engine, problems, k, f"{args.seed} eval", args)
+    samples = rollout(engine, problems, k, f"{args.seed} eval", stop, args)
     judge(samples, [p["answer"] for p in problems for _ in range(k)], tokenizer, pool, args)
     return gather(samples)
 
 
-def evaluate(engine, datasets: dict, tokenizer, pool, args) -> dict:
-    """eval/NAME/avg@k, pass@k, length, truncated and thoughts of each data set."""
+def evaluate(engine, datasets: dict, stop, tokenizer, pool, args) -> dict:
+    """eval/NAME/avg@k, pass@k, length, truncated, boxed and thoughts of each data set.
+
+    All sets are sampled in one rollout: one wait for the longest response, not one a set.
+    """
     metrics, k = {}, args.eval_num_samples
-    keys = f"avg@{k} pass@{k} length truncated thoughts/reflection thoughts/transition".split()
-    for name, problems in datasets.items():
-        result = summarize(sample_and_judge(engine, problems, k, tokenizer, pool, args), k)
-        metrics |= {f"eval/{Path(name).stem}/{key}": result[key] for key in keys}
+    keys = f"avg@{k} pass@{k} length truncated boxed thoughts/reflection thoughts/transition"
+    problems = [problem for each in datasets.values() for problem in each]
+    samples = sample_and_judge(engine, problems, k, stop, tokenizer, pool, args)
+    start = 0
+    for name, each in datasets.items():
+        result = summarize(samples[start : start + len(each) * k], k)
+        metrics |= {f"eval/{Path(name).stem}/{key}": result[key] for key in keys.split()}
+        start += len(each) * k
     return metrics

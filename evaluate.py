@@ -73,6 +73,7 @@ def main(args: Args) -> None:
     harness.check_args(args)
     path, config, tokenizer = inputs.load_model_files(args)
     problems = {name: inputs.load_problems(name, "test") for name in args.datasets}
+    stop = inputs.find_stop_tokens(path, tokenizer)
     inputs.fit_context(args, config)
     problems = {n: inputs.encode_prompts(p, tokenizer, args) for n, p in problems.items()}
     verifier = grading.start_verifier()
@@ -80,10 +81,11 @@ def main(args: Args) -> None:
     folder = harness.make_output_dir(args)
     say = harness.quiet(folder)
     say(f"{args.model} on {world_size} ranks, output in {folder}")
+    say(f"a response ends at {' or '.join(tokenizer.convert_ids_to_tokens(stop))}")
 
-    engine = common.make_engine(path, tokenizer, args)
-    tied = config.tie_word_embeddings
-    common.send_weights(engine, common.read_weights(path), len(tokenizer), tied)
+    engine = common.make_engine(path, tokenizer, args, shared=False)
+    sent = common.send_weights(engine, common.read_weights(path), len(tokenizer), config)
+    common.check_weights(engine, sent)
 
     parts = folder / "parts"
     if rank == 0:
@@ -95,7 +97,7 @@ def main(args: Args) -> None:
         for start in range(0, len(rows), size):
             chunk = rows[start : start + size]
             samples = common.sample_and_judge(
-                engine, chunk, args.num_samples, tokenizer, verifier, args
+                engine, chunk, args.num_samples, stop, tokenizer, verifier, args
             )
             if rank == 0:
                 part = parts / f"{Path(name).stem}_{chunk[0]['id']:06d}.parquet"
@@ -155,6 +157,7 @@ def results_of(table: pyarrow.Table, dataset: str, args) -> dict:
     rows.sort(key=lambda row: (row["problem"], row["sample"]))
     for row in rows:
         row["thoughts"] = thoughts.count(row["response"])
+        row["boxed"] = grading.last_boxed(row["response"]) is not None
     return common.summarize(rows, args.num_samples)
 
 

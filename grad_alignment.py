@@ -102,6 +102,7 @@ def main(args: Args) -> None:
     path, config, tokenizer = inputs.load_model_files(args)
     problems = inputs.load_problems(args.dataset, "test")
     bos = inputs.find_bos(tokenizer, args.bos_token)
+    stop = inputs.find_stop_tokens(path, tokenizer)
     inputs.fit_context(args, config)
     problems = inputs.encode_prompts(problems, tokenizer, args)
     wanted = max(1, args.num_rollouts // args.num_generations)
@@ -115,9 +116,10 @@ def main(args: Args) -> None:
 
     engine = common.make_engine(path, tokenizer, args)
     policy = common.load_policy(path, config, tokenizer, args, device)
-    common.sync_weights(engine, policy, next(policy.parameters()).dtype)
+    common.sync_weights(engine, policy)
+    common.check_sync(engine, policy)
     samples = common.sample_and_judge(
-        engine, problems, args.num_generations, tokenizer, verifier, args
+        engine, problems, args.num_generations, stop, tokenizer, verifier, args
     )
     verifier.stop()
     prompts = [p["prompt_ids"] for p in problems for _ in range(args.num_generations)]  # x

@@ -29,6 +29,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+import workarounds
+
 HERE = Path(__file__).resolve().parent
 
 # ----------------------------------------------------------------------- command line and processes
@@ -83,11 +85,13 @@ PRESETS = {
 
 
 def fail(message: str) -> None:
-    """Bad input: one line on stderr, from every node's first rank; exit code 2."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"error: {message}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(5)  # as soon as one rank has ended the launcher stops the others
+    """Bad input: one line on stderr, from every node's first rank; exit code 2.
+
+    Another rank waits first: if all have failed, the launcher stops it before it repeats the line.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(5)
+    print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
@@ -175,6 +179,12 @@ def check_args(args) -> None:
         fail(f"--top-p must be in (0, 1], not {args.top_p}")
     if not getattr(args, "dual_clip", 10) > 1:
         fail(f"--dual-clip must be over 1, not {args.dual_clip}: A < 0 would have no gradient")
+    if getattr(args, "tis_cap", 0) and args.top_p < 1:
+        fail(
+            f"--tis-cap {args.tis_cap:g} with --top-p {args.top_p:g}: the sampler's log-probs are "
+            "normalised over the nucleus, the trainer's over the vocabulary; their ratio means "
+            "nothing. Use one of the two"
+        )
     whole_batch = getattr(args, "advantage", "dr_grpo") == "reinforce++"
     if getattr(args, "num_generations", 2) == 1 and getattr(args, "negatives", "") != "reward":
         if not whole_batch or getattr(args, "warmup_steps", 0):  # DSRL's warm-up: r - group mean
@@ -220,6 +230,14 @@ def launch(main, args) -> None:
             main(args)
         except SystemExit as end:
             code = end.code
+        except KeyboardInterrupt:
+            os._exit(128 + signal.SIGINT)
+        except BaseException:
+            # At once: an orderly end would wait for ranks that wait for this one in a collective.
+            sys.excepthook(*sys.exc_info())
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(1)
         # Python would now take its libraries apart: two seconds, in which gloo's threads may abort.
         atexit._run_exitfuncs()
         sys.stdout.flush()
@@ -250,7 +268,8 @@ def launch(main, args) -> None:
     forward_signals()
     # Ranks get signals from us, and time to save. What torchrun itself stops, after a rank has
     # failed, hangs in a collective: 5 seconds are enough.
-    options = ["--standalone", "--signals-to-handle=SIGHUP", "--shutdown-timeout=5"]
+    options = ["--standalone", "--signals-to-handle=SIGHUP"]
+    workarounds.stop_ranks_after(5)
     with tempfile.TemporaryDirectory() as logs:  # torchrun would leave one of its own behind
         try:
             torchrun([*options, f"--log-dir={logs}", f"--nproc-per-node={n}", *sys.argv])
@@ -279,6 +298,7 @@ def forward_signals() -> None:
 
 
 STOP_SIGNALS = []  # received by this process; see stop_if_asked()
+PATIENT = []  # the group of wait_for_all()
 
 
 def init_distributed() -> tuple[int, int, torch.device]:
@@ -295,7 +315,18 @@ def init_distributed() -> tuple[int, int, torch.device]:
     else:
         device = torch.device("cpu")
         dist.init_process_group("gloo")
+    week = datetime.timedelta(days=7)
+    PATIENT[:] = [dist.new_group(backend="gloo", timeout=week)]
     return dist.get_rank(), dist.get_world_size(), device
+
+
+def wait_for_all() -> None:
+    """A barrier that outlasts any download, read or write of a rank.
+
+    Collectives give up after 30 minutes. A rank that dies meanwhile ends the run all the same: the
+    launcher stops the others.
+    """
+    dist.barrier(PATIENT[0])
 
 
 def catch_signals() -> None:
@@ -318,7 +349,7 @@ def stop_if_asked(folder: Path, step: int, policy, optimizer, args, engine, veri
 
 def shutdown(engine) -> None:
     """Close the engine, then the process group (which the engine may have closed already)."""
-    dist.barrier()
+    wait_for_all()
     engine.llm_engine.engine_core.shutdown()
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -342,7 +373,7 @@ def make_output_dir(args) -> Path:
         fail(f"{folder} holds another run: give another --output-dir, or --resume to go on with it")
     if used:
         refuse_changes(folder, {"script": script, **vars(args)})
-    dist.barrier()
+    wait_for_all()
     try:
         folder.mkdir(parents=True, exist_ok=True)  # on every node
         if dist.get_rank() == 0:
@@ -350,7 +381,7 @@ def make_output_dir(args) -> Path:
             (folder / "args.json").write_text(text + "\n")
     except OSError as error:
         fail(f"the output folder cannot be written: {error}")
-    dist.barrier()
+    wait_for_all()
     return folder
 
 
@@ -484,9 +515,10 @@ def save_model(folder: Path, policy, config, tokenizer, path: str, dtype: torch.
     from huggingface_hub import save_torch_state_dict
     from transformers import GenerationConfig
 
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # offloaded shards travel by the GPU
     state = {}
     for name, parameter in policy.lm.named_parameters():
-        weight = parameter.detach().to(dtype).full_tensor().cpu()
+        weight = parameter.detach().to(device).to(dtype).full_tensor().cpu()
         if dist.get_rank() == 0:
             state[name] = weight
     if dist.get_rank() == 0:
@@ -499,7 +531,7 @@ def save_model(folder: Path, policy, config, tokenizer, path: str, dtype: torch.
         tokenizer.save_pretrained(out)
         if (Path(path) / "generation_config.json").exists():
             GenerationConfig.from_pretrained(path).save_pretrained(out)
-    dist.barrier()
+    wait_for_all()
 
 
 def timer():
@@ -517,10 +549,23 @@ def timer():
     return clock
 
 
-def peak_memory_gib() -> float:
-    """Of this process: the CUDA allocator's peak, or the largest resident set on a CPU; GiB."""
+PEAK_BYTES = [0]  # of the GPU's memory; see note_memory()
+
+
+def note_memory() -> None:
+    """Note how much of the GPU is in use, where that is at its peak: before caches are emptied.
+
+    The CUDA allocator's own peak would count the sleeping engine, which takes no memory.
+    """
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
+        free, total = torch.cuda.mem_get_info()
+        PEAK_BYTES[0] = max(PEAK_BYTES[0], total - free)
+
+
+def peak_memory_gib() -> float:
+    """Peak so far, GiB: of the GPU, whoever uses it; on a CPU, of this process's resident set."""
+    if torch.cuda.is_available():
+        return PEAK_BYTES[0] / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
@@ -550,6 +595,42 @@ def progress_line(metrics: dict, num_steps: int) -> str:
         eval_line(metrics),
     ]
     return "  ".join(part for part in parts if part)
+
+
+def make_warner(args, say):
+    """warn(metrics): a line for each kind of step that trains on nothing, once a run."""
+    said = set()
+
+    def warn(metrics: dict) -> None:
+        step = metrics["step"]
+        where = "eval/" if step == 0 else "completion/"
+        share = {
+            kind: [v for k, v in metrics.items() if k.startswith(where) and k.endswith(f"/{kind}")]
+            for kind in ("truncated", "boxed")
+        }
+        lines = {}
+        if step <= 1 and max(share["truncated"], default=0) > 0.5:
+            lines["truncated"] = (
+                f"{max(share['truncated']):.0%} of the responses reached --max-completion-length "
+                f"{args.max_completion_length} and score 0: is it too short, or does the model "
+                "not end its answers (see the stop tokens above)?"
+            )
+        if share["boxed"] and max(share["boxed"]) == 0:
+            lines["boxed"] = (
+                r"no response has a \boxed{} answer, so all score 0: does the prompt ask for one "
+                "(--system-prompt)?"
+            )
+        if metrics.get("reward/solve_all", 0) + metrics.get("reward/solve_none", 0) == 1:
+            lines["groups"] = (
+                "every group is all correct or all incorrect, so no sample has an advantage: are "
+                "the problems too easy or too hard for this model?"
+            )
+        for kind, line in lines.items():
+            if kind not in said:
+                said.add(kind)
+                say(f"warning: step {step}: {line}")
+
+    return warn
 
 
 def eval_line(metrics: dict) -> str:
@@ -589,7 +670,9 @@ def find_checkpoint(folder: Path, args) -> Path | None:
     path = Path(args.resume) if args.resume else None
     if args.resume == "auto":
         found = sorted(p for p in (folder / "checkpoints").glob("step_??????") if p.is_dir())
-        path = found[-1] if found else None
+        chosen = [found[-1] if found else None]
+        dist.broadcast_object_list(chosen)  # ranks that see other files must not go other ways
+        path = chosen[0]
         announce(f"going on from {path}" if path else f"no checkpoint in {folder}: from step 1")
     elif path and not (path / ".metadata").is_file():
         fail(f"--resume {path}: no checkpoint is there; give RUN/checkpoints/step_NNNNNN, or auto")
@@ -610,17 +693,17 @@ def save_checkpoint(folder: Path, step: int, policy, optimizer, args) -> None:
     if dist.get_rank() == 0:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-    dist.barrier()
+    wait_for_all()
     model, optim = get_state_dict(policy, optimizer)
     dcp.save({"model": model, "optimizer": optim}, checkpoint_id=temporary)
-    dist.barrier()
+    wait_for_all()
     if dist.get_rank() == 0:
         shutil.copy(folder / "args.json", temporary)
         shutil.rmtree(path, ignore_errors=True)
         temporary.rename(path)
         for old in sorted(path.parent.glob("step_??????"))[: -args.keep_checkpoints]:
             shutil.rmtree(old)
-    dist.barrier()
+    wait_for_all()
 
 
 def load_checkpoint(folder: Path, policy, optimizer, path: Path | None) -> int:
@@ -645,5 +728,5 @@ def load_checkpoint(folder: Path, policy, optimizer, path: Path | None) -> int:
         # Step 0, the evaluation before training, is done again when no checkpoint was found.
         kept = [x for x in lines if step and json.loads(x)["step"] <= step]
         metrics.write_text("".join(x + "\n" for x in kept))
-    dist.barrier()
+    wait_for_all()
     return step

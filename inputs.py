@@ -1,5 +1,6 @@
 """What a run reads: the model's files and BOS, problems and their prompts."""
 
+import json
 import os
 import random
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 import grading
-from harness import announce, fail, first_line
+from harness import announce, fail, first_line, wait_for_all
 
 # -------------------------------------------------------------------------------------------- model
 
@@ -49,7 +50,7 @@ def load_model_files(args):
             if os.environ.get("LOCAL_RANK", "0") == "0":  # once on every node
                 kinds = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
                 snapshot_download(path, allow_patterns=kinds)
-            dist.barrier()
+            wait_for_all()
             path = snapshot_download(path, local_files_only=True)
         config = AutoConfig.from_pretrained(path)
         tokenizer = AutoTokenizer.from_pretrained(path)
@@ -77,6 +78,32 @@ def find_bos(tokenizer, bos_token: str) -> int:
     if "<|im_start|>" in tokenizer.get_vocab():
         return tokenizer.convert_tokens_to_ids("<|im_start|>")
     fail("the tokenizer has neither a BOS nor <|im_start|>: name one with --bos-token")
+
+
+def find_stop_tokens(path: str, tokenizer) -> list[int]:
+    """Ids that end a response: EOS, those of generation_config.json, and what ends a turn.
+
+    A chat template may end a turn with a token that is none of the others: Qwen2.5-Math's ends it
+    with <|im_end|>, while the base model's EOS is <|endoftext|>. It is found by rendering a turn.
+    """
+    found = {tokenizer.eos_token_id}
+    file = Path(path) / "generation_config.json"
+    if file.is_file():
+        ids = json.loads(file.read_text()).get("eos_token_id")
+        found |= set(ids) if isinstance(ids, list) else {ids}
+    if tokenizer.chat_template:
+        turn = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "It is two."}]
+        try:
+            behind = tokenizer.apply_chat_template(turn, tokenize=False).rpartition("two.")[2]
+        except Exception:  # a template may refuse such a chat
+            behind = ""
+        ids = tokenizer.encode(behind, add_special_tokens=False)
+        special = tokenizer.added_tokens_decoder  # some tokenizers add runs of blanks to these
+        found |= set([i for i in ids if i in special and special[i].content.strip()][:1])
+    found = sorted(i for i in found if i is not None and i < len(tokenizer))
+    if not found:
+        fail("the tokenizer has no EOS token, so no response could end: set its eos_token")
+    return found
 
 
 def fit_context(args, config) -> None:

@@ -149,6 +149,7 @@ def main(args: Args) -> None:
     train = inputs.load_problems(args.dataset, "train")
     evals = {name: inputs.load_problems(name, "test") for name in args.eval_datasets}
     bos = inputs.find_bos(tokenizer, args.bos_token)
+    stop = inputs.find_stop_tokens(path, tokenizer)
     inputs.fit_context(args, config)
     train = inputs.encode_prompts(train, tokenizer, args)
     evals = {name: inputs.encode_prompts(e, tokenizer, args) for name, e in evals.items()}
@@ -160,19 +161,22 @@ def main(args: Args) -> None:
     checkpoint = harness.find_checkpoint(folder, args)
     say = harness.quiet(folder)
     say(f"{args.model}: {len(train)} problems, {world_size} ranks, output in {folder}")
+    say(f"a prompt ends in {tokenizer.decode(train[0]['prompt_ids'][-20:])!r}")
+    say(f"a response ends at {' or '.join(tokenizer.convert_ids_to_tokens(stop))}")
     say(f"the pre-train space's context is token {bos}, {tokenizer.convert_ids_to_tokens(bos)!r}")
 
-    dtype = getattr(torch, args.dtype)
     engine = common.make_engine(path, tokenizer, args)
     policy = common.load_policy(path, config, tokenizer, args, device)
     optimizer = common.make_optimizer(policy, args)
     done = harness.load_checkpoint(folder, policy, optimizer, checkpoint)
-    log = harness.make_logger(folder, args)
-    common.sync_weights(engine, policy, dtype)
+    log, warn = harness.make_logger(folder, args), harness.make_warner(args, say)
+    common.sync_weights(engine, policy)
+    common.check_sync(engine, policy)
     if args.eval_every and not done:
-        scores = common.evaluate(engine, evals, tokenizer, verifier, args)
+        scores = common.evaluate(engine, evals, stop, tokenizer, verifier, args)
         log(0, {"step": 0, **scores})
         say(f"step 0  {harness.eval_line(scores)}")
+        warn({"step": 0, **scores})
 
     harness.catch_signals()
     skipped = 0
@@ -182,7 +186,7 @@ def main(args: Args) -> None:
         # 1. Rollout: y ~ π(·|x), always with the prompt; G responses to each of P problems
         problems = inputs.pick_problems(train, step, args.num_prompts, args.seed)
         samples = common.rollout(
-            engine, problems, args.num_generations, f"{args.seed} {step}", args
+            engine, problems, args.num_generations, f"{args.seed} {step}", stop, args
         )
         clock.lap("time/rollout")
 
@@ -276,9 +280,10 @@ def main(args: Args) -> None:
         dist.all_reduce(stats)
         clock.lap("time/update")
 
-        # 6. Sync: the engine gets the new weights
+        # 6. Sync: the engine gets the new weights, and has them to the bit
         if updates:
-            common.sync_weights(engine, policy, dtype)
+            common.sync_weights(engine, policy)
+        common.check_sync(engine, policy)
         clock.lap("time/sync")
 
         # 7. Log, evaluate, save
@@ -294,9 +299,10 @@ def main(args: Args) -> None:
         }
         metrics |= harness.speed_metrics(clock, int(lengths.sum()), int(stats[3]))
         if args.eval_every and (step % args.eval_every == 0 or step == args.num_steps):
-            metrics |= common.evaluate(engine, evals, tokenizer, verifier, args)
+            metrics |= common.evaluate(engine, evals, stop, tokenizer, verifier, args)
         log(step, metrics)
         say(harness.progress_line(metrics, args.num_steps))
+        warn(metrics)
         save = args.save_every and step % args.save_every == 0
         if save or step in (1, args.num_steps):
             harness.save_completions(
@@ -306,7 +312,7 @@ def main(args: Args) -> None:
             harness.save_checkpoint(folder, step, policy, optimizer, args)
         harness.stop_if_asked(folder, step, policy, optimizer, args, engine, verifier, say)
 
-    harness.save_model(folder, policy, config, tokenizer, path, dtype)
+    harness.save_model(folder, policy, config, tokenizer, path, getattr(torch, args.dtype))
     harness.say_summary(folder, say)
     verifier.stop()
     harness.shutdown(engine)

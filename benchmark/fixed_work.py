@@ -82,7 +82,7 @@ def hold_fixed(new_tokens: int, marks: list, prompts: list, prefixes: list, call
 
         def fixed_generate(prompts, params, **options):
             for p in params:
-                p.ignore_eos = True
+                p.ignore_eos, p.stop_token_ids = True, []
             return generate(prompts, params, **options)
 
         engine.generate = fixed_generate

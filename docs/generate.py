@@ -36,6 +36,7 @@ METRICS = {
     "reward/solve_none": "share of groups in which none is: A = 0 too",
     "completion/length": "mean tokens of a response, EOS included",
     "completion/truncated": "share of responses cut at --max-completion-length",
+    "completion/boxed": "share of responses with a \\boxed{} answer",
     "policy/entropy": "of π(·\\|x), nats per token, estimated by −log π of the sampled tokens (of "
     "the nucleus, if --top-p is below 1)",
     "policy/loss": "the loss whose gradient was taken, added up over mini-batches; not comparable "

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 CHARACTERS = "0123456789abcdefghijklmnopqrstuvwxyz +-*/=\\{}.?,:;"
 
 
-def save_tiny_model(folder, *, tied: bool = False, context: int = 512) -> str:
+def save_tiny_model(folder, *, tied=False, context=512, kv_heads=2) -> str:
     """Write model and tokenizer to `folder`: 96 embeddings, fewer tokens, heads of 32."""
     torch.manual_seed(0)
     config = Qwen2Config(
@@ -20,7 +20,7 @@ def save_tiny_model(folder, *, tied: bool = False, context: int = 512) -> str:
         intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=2,
-        num_key_value_heads=2,
+        num_key_value_heads=kv_heads,
         max_position_embeddings=context,
         tie_word_embeddings=tied,
         bos_token_id=1,
@@ -28,7 +28,11 @@ def save_tiny_model(folder, *, tied: bool = False, context: int = 512) -> str:
         pad_token_id=0,
         initializer_range=0.2,
     )
-    Qwen2ForCausalLM(config).save_pretrained(folder)
+    model = Qwen2ForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # a fresh model's are all 0
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder)
     words = ["<pad>", "<bos>", "<eos>", *CHARACTERS]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")

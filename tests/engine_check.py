@@ -38,16 +38,17 @@ path, config, tokenizer = inputs.load_model_files(args)
 problems = [{"id": i, "prompt_ids": [5 + i, 7, 9]} for i in range(6)]
 prompts = [p["prompt_ids"] for p in problems for _ in range(4)]
 engine = common.make_engine(path, tokenizer, args)
-if args.tensor_parallel_size > 1 and device.type == "cpu":
+if args.tensor_parallel_size > 1 and hasattr(torch.ops._C, "init_shm_manager"):  # needs AVX-512
     # Memory that no other run can meet, and that is gone when this one ends, however it does
     assert f"/dev/shm/{os.environ['MASTER_PORT']}-" in Path("/proc/self/maps").read_text()
     assert not any(name.startswith(os.environ["MASTER_PORT"]) for name in os.listdir("/dev/shm"))
 policy = common.load_policy(path, config, tokenizer, args, device)
 optimizer = common.make_optimizer(policy, args)
-common.sync_weights(engine, policy, torch.float32)
+common.sync_weights(engine, policy)
+common.check_sync(engine, policy)
 
 gaps = {}
-own = common.rollout(engine, problems, 4, "before", args)
+own = common.rollout(engine, problems, 4, "before", [2], args)
 samples = common.gather(own)
 gaps["before"] = common.score(policy, prompts, samples, args, device)["sync/logprob_gap"]
 assert [s["index"] for s in samples] == list(range(24))
@@ -57,11 +58,46 @@ for _ in range(3):
     common.clip_gradients(policy, 1.0)
     optimizer.step()
     optimizer.zero_grad()
-stale = common.gather(common.rollout(engine, problems, 4, "before", args))
+stale = common.gather(common.rollout(engine, problems, 4, "before", [2], args))
 gaps["stale"] = common.score(policy, prompts, stale, args, device)["sync/logprob_gap"]
-common.sync_weights(engine, policy, torch.float32)
-after = common.gather(common.rollout(engine, problems, 4, "after", args))
+common.sync_weights(engine, policy)
+common.check_sync(engine, policy)
+after = common.gather(common.rollout(engine, problems, 4, "after", [2], args))
 gaps["after"] = common.score(policy, prompts, after, args, device)["sync/logprob_gap"]
+
+harness.save_model(out, policy, config, tokenizer, path, torch.float32)
+
+
+# The exact check, on faults that are small or that leave all sums but one layer's as they were
+def sent(name: str, weight: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+    """What the engine is sent in this weight's place."""
+    if fault == "one element" and name == "model.layers.1.self_attn.v_proj.weight":
+        weight = weight.clone()
+        weight[0, 0] = torch.nextafter(weight[0, 0], torch.tensor(9.0))
+    if fault == "not sent" and name == "model.layers.1.mlp.up_proj.weight":
+        return []
+    if fault == "a bias not sent" and name == "model.layers.0.self_attn.k_proj.bias":
+        return []
+    if fault == "another layer" and ".layers." in name:
+        name = name.replace("s.0.", "s.x.").replace("s.1.", "s.0.").replace("s.x.", "s.1.")
+    return [(name, weight)]
+
+
+seen = {}
+for fault in ("not synced", "one element", "not sent", "a bias not sent", "another layer", ""):
+    with torch.no_grad():
+        for name, parameter in policy.lm.named_parameters():
+            if fault != "not synced" or name == "model.norm.weight":
+                parameter.mul_(1.01)
+    if fault != "not synced":
+        weights = ((n, p.detach().full_tensor()) for n, p in policy.lm.named_parameters())
+        changed = (pair for name, weight in weights for pair in sent(name, weight))
+        common.send_weights(engine, changed, policy.vocab_size, config)
+    try:
+        common.check_sync(engine, policy)
+        seen[fault] = ""
+    except RuntimeError as error:
+        seen[fault] = str(error)
 
 # Each rank of a tensor-parallel group generates all of the group's samples and keeps a part. Asked
 # for directly, the whole must be identical within a group and, with other prompts, differ without.
@@ -77,11 +113,11 @@ mine = [list(map(int, y.token_ids)) for y in outputs[0].outputs]
 everyone = [None] * world_size
 dist.all_gather_object(everyone, mine)
 
-harness.save_model(out, policy, config, tokenizer, path, torch.float32)
 if rank == 0:
     torch.save(
         dict(
             gaps=gaps,
+            seen=seen,
             groups=everyone,
             prompts=prompts,
             ids=[s["ids"] for s in after],

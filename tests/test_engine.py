@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,9 +44,13 @@ def padded_model(tiny_model_dir: Path, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("world_size", "tp"), [(1, 1), (2, 2), (4, 2)])
-def test_sync_and_parallelism(tiny_model_dir, tmp_path, world_size, tp):
-    model = padded_model(tiny_model_dir, tmp_path / "padded")
+@pytest.mark.parametrize(
+    ("world_size", "tp", "kv_heads", "tied"), [(1, 1, 2, True), (2, 2, 1, False), (4, 2, 2, False)]
+)
+def test_sync_and_parallelism(tmp_path, world_size, tp, kv_heads, tied):
+    """Also one key-value head for two ranks, which both of them hold."""
+    tiny = save_tiny_model(tmp_path / "tiny", kv_heads=kv_heads, tied=tied)
+    model = padded_model(tiny, tmp_path / "padded")
     out = tmp_path / "out"
     out.mkdir()
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -60,6 +65,16 @@ def test_sync_and_parallelism(tiny_model_dir, tmp_path, world_size, tp):
     # The trainer agrees with the engine after each sync, and sees it when one is missing.
     assert result["gaps"]["before"] < 1e-5 and result["gaps"]["after"] < 1e-5
     assert result["gaps"]["stale"] > 1e-2
+    # The exact check names what differs, whatever is packed, sharded, copied or padded.
+    for fault, groups in {
+        "one element": "layers.1",
+        "not sent": "layers.1",
+        "a bias not sent": "layers.0",
+        "another layer": "layers.0, layers.1",
+        "not synced": "norm",
+    }.items():
+        assert f"weights are not the policy's ({groups})" in result["seen"][fault]
+    assert result["seen"][""] == ""
     assert result["max_id"] < len(AutoTokenizer.from_pretrained(model))
     # Identical within a tensor-parallel group, different across groups.
     groups = result["groups"]

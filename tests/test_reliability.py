@@ -190,13 +190,13 @@ def test_changed_flags_are_refused(whole):
 # ------------------------------------------------------------------------------ injected faults
 
 
-def damaged(script: str, tmp_path: Path, old: str, new: str) -> str:
+def damaged(script: str, tmp_path: Path, old: str, new: str, *flags: str) -> str:
     """A copy of the script with one line changed, run beside the real helpers."""
     text = (ROOT / f"{script}.py").read_text()
     assert text.count(old) == 1
     (tmp_path / f"{script}.py").write_text(text.replace(old, new))
-    flags = "--num-steps 4 --eval-every 0 --output-dir".split()
-    command = [sys.executable, str(tmp_path / f"{script}.py"), *SMALL, *flags, tmp_path / "run"]
+    command = [sys.executable, str(tmp_path / f"{script}.py"), *SMALL, *flags]
+    command += ["--num-steps", "4", "--eval-every", "0", "--output-dir", tmp_path / "run"]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         command, cwd=ROOT, env=env, text=True, capture_output=True, timeout=600, check=False
@@ -205,22 +205,92 @@ def damaged(script: str, tmp_path: Path, old: str, new: str) -> str:
     return done.stdout + done.stderr
 
 
-FAULTS = {
-    "a sync is skipped": "        if updates and step != 2:\n",
-    "a weight is scaled after the sync": "        if updates and step == 2:\n"
-    "            common.sync_weights(engine, policy, dtype)\n"
-    "            with torch.no_grad():\n"
-    "                policy.lm.model.layers[1].mlp.up_proj.weight.mul_(1.5)\n"
-    "        elif updates:\n",
+def test_one_skipped_sync_in_bfloat16(tmp_path):
+    """At the paper's learning rate log-probs hardly tell; the bits do, in the very step."""
+    flags = "--dtype bfloat16 --learning-rate 1e-6".split()
+    skipped = "        if updates and step != 2:\n"
+    output = damaged("grpo_baseline", tmp_path, "        if updates:\n", skipped, *flags)
+    assert "the engine's weights are not the policy's (embed_tokens, " in output
+    assert [row["step"] for row in metrics(tmp_path / "run")][-1] == 1
+
+
+def test_canary_sees_another_policy(tmp_path):
+    """Weights that change after the check: the run stops before it trains on their samples."""
+    scaled = "        common.check_sync(engine, policy)\n        if step == 2:\n"
+    scaled += "            with torch.no_grad():\n"
+    scaled += "                policy.lm.model.layers[1].mlp.up_proj.weight.mul_(1.5)\n"
+    output = damaged(
+        "grpo_baseline", tmp_path, "        common.check_sync(engine, policy)\n", scaled
+    )
+    assert "sync/logprob_gap is" in output and "another policy than the trainer's" in output
+    assert [row["step"] for row in metrics(tmp_path / "run")][-1] == 2
+
+
+# In step 1 rank 1 fails, and its end would take for ever if it were an orderly one, as NCCL's can.
+# Rank 0 waits for ever, as in a collective that notices nothing, with SIGTERM put off.
+RANK_1_FAILS = """        import atexit
+        import time
+
+        def fail(*words, **options):
+            if rank == 0:
+                time.sleep(10000)
+            atexit.register(time.sleep, 10000)
+            raise MemoryError("injected")
+
+"""
+PLACES = {
+    "between two layers": "policy.lm.model.layers[1].register_forward_pre_hook(fail)",
+    "in the rollout": "engine.generate = fail",
+    "in the verify": "grading.verify = fail",
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_canary_sees_a_broken_sync(tmp_path, fault):
-    """The run stops at the next step, before it trains on samples of other weights."""
-    output = damaged("grpo_baseline", tmp_path, "        if updates:\n", FAULTS[fault])
-    assert "sync/logprob_gap is" in output and "weight sync is broken" in output
-    assert [row["step"] for row in metrics(tmp_path / "run")][-1] == 2
+@pytest.mark.parametrize("place", PLACES)
+def test_one_rank_fails(tmp_path, place):
+    """The run ends within 20 seconds, with the failed rank's line, wherever the others are."""
+    clock = "        clock = harness.timer()\n"
+    text = (
+        (ROOT / "dsrl.py")
+        .read_text()
+        .replace(clock, RANK_1_FAILS + f"        {PLACES[place]}\n" + clock)
+    )
+    (tmp_path / "dsrl.py").write_text(text)
+    command = [sys.executable, str(tmp_path / "dsrl.py"), *SMALL, "--num-processes", "2"]
+    command += ["--eval-every", "0", "--output-dir", str(tmp_path / "run")]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log)
+    read = (tmp_path / "log").read_text
+    wait_until(lambda: process.poll() is not None or "rank 1 failed: injected" in read())
+    assert process.wait(20) == 1, read()
+    assert "rank 1 failed: injected" in read()
+    wait_until(lambda: not processes_of(tmp_path / "run"), seconds=20)
+
+
+def test_few_samples_on_two_ranks(tmp_path):
+    """Fewer problems to evaluate than ranks, empty micro-batches, the cosine at every step."""
+    problem = tmp_path / "one.jsonl"
+    problem.write_text(json.dumps({"problem": "Q 81#3 A", "answer": "4"}))
+    flags = "--num-processes 2 --num-prompts 2 --num-generations 2 --num-steps 2 --eval-every 1"
+    flags += f" --max-tokens-per-microbatch 16 --alignment-every 1 --eval-datasets {problem}"
+    run("nsr_prerl", tmp_path / "run", *flags.split())
+    rows = metrics(tmp_path / "run")
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert all("eval/one/avg@2" in row for row in rows)
+    assert all("alignment/cosine_to_grpo" in row for row in rows[1:])
+
+
+def test_steps_that_train_on_nothing(tmp_path):
+    """One line each, once: truncated responses, no boxes, groups without an advantage."""
+    flags = "--num-steps 2 --max-completion-length 4 --eval-every 1".split()
+    output = run("grpo_baseline", tmp_path, *flags)
+    assert output.count("warning: ") == 3
+    for line in (
+        "warning: step 0: 100% of the responses reached --max-completion-length 4 and score 0",
+        r"warning: step 0: no response has a \boxed{} answer",
+        "warning: step 1: every group is all correct or all incorrect",
+    ):
+        assert line in output
 
 
 def test_gradients_that_are_not_finite(tmp_path):
@@ -329,6 +399,7 @@ def test_engines_without_a_prompt(tmp_path):
         (dict(num_generations=1, advantage="reinforce++"), "a group needs 2 or more"),
         (dict(eval_datasets=("a/test.jsonl", "b/test.jsonl")), "two evaluation sets are called"),
         (dict(resume="auto"), "--resume needs --output-dir"),
+        (dict(tis_cap=2.0, top_p=0.9), "normalised over the nucleus"),
         (dict(track="wandb"), "pip install wandb"),
     ],
 )

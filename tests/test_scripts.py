@@ -24,7 +24,8 @@ SMALL = "--preset lab --num-prompts 8 --num-generations 4 --max-completion-lengt
 SMALL += "--eval-num-samples 2 --learning-rate 1e-3".split()
 
 KEYS = """step phase reward/mean reward/solve_all reward/solve_none completion/length
-completion/truncated thoughts/reflection thoughts/transition policy/loss policy/grad_norm
+completion/truncated completion/boxed thoughts/reflection thoughts/transition
+policy/loss policy/grad_norm
 policy/entropy policy/counted_samples policy/counted_tokens policy/logprob
 policy/clip_fraction sync/logprob_gap
 verify/timeouts verify/errors time/rollout time/verify time/update time/sync time/step
