@@ -62,7 +62,7 @@ stale = common.gather(common.rollout(engine, problems, 4, "before", [2], args))
 gaps["stale"] = common.score(policy, prompts, stale, args, device)["sync/logprob_gap"]
 common.sync_weights(engine, policy)
 common.check_sync(engine, policy)
-after = common.gather(common.rollout(engine, problems, 4, "after", [2], args))
+after = common.gather(common.rollout(engine, problems, 4, "after", [2, 20], args))
 gaps["after"] = common.score(policy, prompts, after, args, device)["sync/logprob_gap"]
 
 harness.save_model(out, policy, config, tokenizer, path, torch.float32)
@@ -122,6 +122,7 @@ if rank == 0:
             prompts=prompts,
             ids=[s["ids"] for s in after],
             logprobs=[s["logprobs"] for s in after],
+            truncated=[s["truncated"] for s in after],
             max_id=int(max(np.max(s["ids"]) for s in samples + stale + after)),
         ),
         out / "result.pt",

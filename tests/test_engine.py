@@ -76,6 +76,11 @@ def test_sync_and_parallelism(tmp_path, world_size, tp, kv_heads, tied):
         assert f"weights are not the policy's ({groups})" in result["seen"][fault]
     assert result["seen"][""] == ""
     assert result["max_id"] < len(AutoTokenizer.from_pretrained(model))
+    # A stop token that is not EOS ends a response and is its last token, with its log-prob.
+    for y, logprobs, truncated in zip(result["ids"], result["logprobs"], result["truncated"]):
+        assert len(logprobs) == len(y) and not {2, 20} & set(y[:-1].tolist())
+        assert truncated == (y[-1] not in (2, 20)) and (len(y) == 32 or not truncated)
+    assert any(y[-1] == 20 for y in result["ids"])
     # Identical within a tensor-parallel group, different across groups.
     groups = result["groups"]
     assert all(groups[r] == groups[r // tp * tp] for r in range(world_size))

@@ -446,6 +446,41 @@ def test_the_datas_own_system_message(tiny_model_dir, one_rank, capsys):
     assert capsys.readouterr().out.count("no chat template") == 2
 
 
+# The form in which each family writes a turn; the words are ours.
+TURNS = {
+    "ChatML": "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n",
+    "Llama 3": "<|start|>{{ m['role'] }}<|end|>\n\n{{ m['content'] | trim }}<|eot_id|>",
+    "Gemma": "<start_of_turn>{{ m['role'] }}\n{{ m['content'] }}<end_of_turn>\n",
+    "EOS": "{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}\n",
+    "blanks are tokens": "{{ m['role'] }}\n{{ m['content'] }}\n\n<|im_end|>",
+    "no end": "{{ m['role'] }}: {{ m['content'] }}\n",
+    "refuses answers": "{{ raise_exception('no') if m['role'] == 'assistant' else m['content'] }}",
+}
+ENDS = {"Llama 3": "<|eot_id|>", "Gemma": "<end_of_turn>"}
+
+
+@pytest.mark.parametrize("family", TURNS)
+def test_what_ends_a_response(tiny_model_dir, tmp_path, family):
+    """EOS, generation_config's ids and the token behind a template's turn, whichever these are."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    special = "<|im_start|> <|im_end|> <|start|> <|end|> <|eot_id|> <start_of_turn> <end_of_turn>"
+    tokenizer.add_special_tokens({"additional_special_tokens": special.split()})
+    tokenizer.add_tokens(["\n\n"])
+    tokenizer.chat_template = f"{{% for m in messages %}}{TURNS[family]}{{% endfor %}}"
+    end = ENDS.get(family, "<|im_end|>")
+    ids = [2] if family in ("EOS", "no end", "refuses answers") else [2, tokenizer.vocab[end]]
+    assert inputs.find_stop_tokens(tmp_path, tokenizer) == ids
+    for listed in (7, [7, 2, 10**6]):  # one id, or some; one that the tokenizer does not have
+        config = json.dumps({"eos_token_id": listed})
+        (tmp_path / "generation_config.json").write_text(config)
+        assert inputs.find_stop_tokens(tmp_path, tokenizer) == sorted({*ids, 7})
+    tokenizer.chat_template = tokenizer.eos_token = None
+    assert inputs.find_stop_tokens(tmp_path, tokenizer) == [2, 7]  # of the file
+    (tmp_path / "generation_config.json").unlink()
+    with pytest.raises(SystemExit):
+        inputs.find_stop_tokens(tmp_path, tokenizer)
+
+
 def test_long_prompts_are_left_out(tiny_model_dir, one_rank, capsys):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     args = SimpleNamespace(system_prompt="", max_prompt_length=5)

@@ -102,6 +102,7 @@ def test_outputs_are_complete(runs, script):
 
     lines = [line for line in output.splitlines() if line.startswith("step ")]
     assert len(lines) == 4, output
+    assert "a response ends at <eos>\n" in output and "a prompt ends in 'Q " in output
     assert "WARNING" not in output and "Traceback" not in output and "failed" not in output
 
 
