@@ -61,16 +61,17 @@ METRICS = {
     "time/verify": "judging and gathering the samples",
     "time/canary": "scoring samples for sync/logprob_gap (and the alignment)",
     "time/update": "advantage, forward, backward, optimiser",
-    "time/sync": "sending the weights to the engine",
+    "time/sync": "sending the weights to the engine, and checking every bit",
     "time/step": "the sum of these",
     "throughput/rollout_tokens_per_s": "response tokens of all ranks by time/rollout",
     "throughput/update_tokens_per_s": "response tokens computed, by time/update",
-    "memory/peak_gib": "rank 0's largest so far: CUDA allocator (the engine's memory counts while "
-    "it sleeps, too), or resident set on a CPU",
+    "memory/peak_gib": "largest so far: memory in use on rank 0's GPU at the ends of rollout and "
+    "backward pass, or rank 0's resident set on a CPU",
     "eval/NAME/avg@k": "share of right responses, k to each held-out problem",
     "eval/NAME/pass@k": "share of problems with a right one among k",
     "eval/NAME/length": "mean tokens",
     "eval/NAME/truncated": "share cut at --max-completion-length",
+    "eval/NAME/boxed": "share with a \\boxed{} answer",
     "eval/NAME/thoughts/KIND": "per response: reflection, transition",
 }
 
