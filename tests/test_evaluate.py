@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet
 import pytest
+from safetensors.torch import load_file, save_file
 from test_scripts import AUTHORS, metrics, run
 
 import common
@@ -41,17 +43,28 @@ def results(folder: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
+    """A run with two evaluation sets; the first, first.jsonl, lies beside it."""
     folder = tmp_path_factory.mktemp("trained") / "run"
-    run("grpo_baseline", folder, "--num-steps", "3", "--eval-every", "3")
+    data = folder.with_name("first.jsonl")
+    data.write_text("".join(json.dumps(row) + "\n" for row in task.problems("test")[40:45]))
+    flags = ["--num-steps", "3", "--eval-every", "3", "--eval-datasets", str(data), "lab"]
+    run("grpo_baseline", folder, *flags)
     return folder
 
 
 def test_same_numbers_as_in_training(trained, tmp_path):
-    """The exported model gives what training's own evaluation gave, on 1 rank and on 2."""
-    output = evaluate(tmp_path / "one", "--model", trained / "model", "--num-samples", 2)
-    row, result = metrics(trained)[-1], results(tmp_path / "one")["lab"]
-    for key in "avg@2 pass@2 length truncated thoughts/reflection thoughts/transition".split():
-        assert row[f"eval/lab/{key}"] == result[key]
+    """The exported model gives what training's own evaluation gave, on 1 rank and on 2.
+
+    Training samples all sets in one rollout, evaluate.py one after the other.
+    """
+    sets = ["--datasets", trained.with_name("first.jsonl"), "lab"]
+    output = evaluate(tmp_path / "one", "--model", trained / "model", "--num-samples", 2, *sets)
+    row, result = metrics(trained)[-1], results(tmp_path / "one")
+    for key in "avg@2 pass@2 length truncated boxed thoughts/reflection".split():
+        assert row[f"eval/lab/{key}"] == result["lab"][key]
+        assert row[f"eval/first/{key}"] == result["first"][key]
+    result = result["lab"]
+    assert row["eval/first/length"] != result["length"]
     assert row["eval/lab/avg@2"] != metrics(trained)[0]["eval/lab/avg@2"]
     assert result["problems"] == 100 and f"{result['avg@2']:.3f}" in output
     flags = ["--num-processes", 2, "--model", trained / "model", "--num-samples", 2]
@@ -59,11 +72,24 @@ def test_same_numbers_as_in_training(trained, tmp_path):
     assert results(tmp_path / "two")["lab"] == pytest.approx(result)
 
     table = pyarrow.parquet.read_table(tmp_path / "one" / "completions.parquet").to_pylist()
+    table = [r for r in table if r["dataset"] == "lab"]
     assert len(table) == 200
     assert np.mean([r["reward"] for r in table]) == pytest.approx(result["avg@2"])
     assert {(r["problem"], r["sample"]) for r in table} == set(
         itertools.product(range(100), (0, 1))
     )
+
+
+def test_weights_that_do_not_arrive(trained, tmp_path):
+    """A file without one of the matrices: nothing is evaluated with what the engine had instead."""
+    folder = tmp_path / "model"
+    shutil.copytree(trained / "model", folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    output = evaluate(tmp_path / "out", "--model", folder, "--num-samples", 1, code=1)
+    assert "the engine's weights are not the policy's (layers.1)" in output
+    assert not (tmp_path / "out" / "results.json").exists()
 
 
 def test_killed_and_resumed(tmp_path):
