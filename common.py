@@ -11,6 +11,7 @@ import os
 import random
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -342,7 +343,7 @@ def gather(samples: list[dict]) -> list[dict]:
     return sorted((s for part in parts for s in part), key=lambda s: s["index"])
 
 
-def judge(samples: list[dict], golds: list[str], tokenizer, pool, args) -> dict:
+def verify(samples: list[dict], golds: list[str], tokenizer, verifier, args) -> dict:
     """Add text, reward and thoughts to this rank's samples; a truncated response gets reward 0.
 
     Args:
@@ -353,7 +354,7 @@ def judge(samples: list[dict], golds: list[str], tokenizer, pool, args) -> dict:
     """
     texts = tokenizer.batch_decode([s["ids"] for s in samples], skip_special_tokens=True)
     answers = [golds[s["index"]] for s in samples]
-    rewards, timeouts, errors = grading.verify(pool, texts, answers, args)
+    rewards, timeouts, errors = grading.verify(verifier, texts, answers, args)
     for sample, text, reward in zip(samples, texts, rewards):
         sample["reward"] = 0.0 if sample["truncated"] else reward
         sample["text"], sample["length"] = text, len(sample["ids"])
@@ -387,17 +388,19 @@ def rollout_metrics(samples: list[dict], rewards: torch.Tensor, args) -> dict:
 def advantages(rewards: torch.Tensor, group_size: int, kind: str) -> torch.Tensor:
     """A [N] from r [N], whose groups of `group_size` neighbours answer the same problem.
 
-    grpo: (r - group mean) / (group std + 1e-6), the sample's std (ddof 1), as verl. dr_grpo: r -
-    group mean. rloo: r - mean of the others in the group. reinforce++: (r - mean) / (std + 1e-6)
-    over the whole batch.
+    grpo: (r - group mean) / (group std + 1e-6), the sample's std (ddof 1), as verl. mean: r - group
+    mean. rloo: r - mean of the others in the group. reinforce++: (r - mean) / (std + 1e-6) over the
+    whole batch. sign: 1 if correct, -1 if not, whatever the group (arXiv 2506.01347).
 
-    >>> advantages(torch.tensor([1.0, 0.0, 0.0, 0.0]), 4, "dr_grpo")
+    >>> advantages(torch.tensor([1.0, 0.0, 0.0, 0.0]), 4, "mean")
     tensor([ 0.7500, -0.2500, -0.2500, -0.2500])
     >>> advantages(torch.tensor([1.0, 0.0, 0.0, 0.0]), 4, "grpo")
     tensor([ 1.5000, -0.5000, -0.5000, -0.5000])
     >>> advantages(torch.tensor([1.0, 0.0, 0.0, 0.0]), 4, "rloo")
     tensor([ 1.0000, -0.3333, -0.3333, -0.3333])
     """
+    if kind == "sign":
+        return 2 * rewards - 1
     if kind == "reinforce++":
         return (rewards - rewards.mean()) / (rewards.std() + 1e-6)
     r = rewards.view(-1, group_size)  # [P, G]
@@ -423,71 +426,55 @@ def sign_weights(A: torch.Tensor, positive: float, negative: float) -> torch.Ten
     return torch.where(A > 0, positive, torch.where(A < 0, negative, neither))
 
 
-def token_weights(counted: torch.Tensor, lengths: torch.Tensor, kind: str, max_length: int):
+def token_weights(chosen: torch.Tensor, lengths: torch.Tensor, kind: str, max_length: int):
     """What a token of each sample weighs in the loss [N]; the sum over the step makes a mean.
 
     One normaliser for the whole step, so micro-batches and ranks only add up.
 
     Args:
-        counted: bool [N]; lengths: response tokens [N]; max_length: of a completion, in tokens.
+        chosen: bool [N]; lengths: response tokens [N]; max_length: of a completion, in tokens.
 
     >>> token_weights(torch.tensor([True, True]), torch.tensor([1, 3]), "token-mean", 8)
     tensor([0.2500, 0.2500])
     >>> token_weights(torch.tensor([True, True]), torch.tensor([1, 4]), "seq-mean-token-mean", 8)
     tensor([0.5000, 0.1250])
     """
-    n = counted.sum().clamp(min=1)
+    n = chosen.sum().clamp(min=1)
     if kind == "token-mean":
-        weight = torch.ones_like(lengths) / (lengths * counted).sum().clamp(min=1)
+        weight = torch.ones_like(lengths) / (lengths * chosen).sum().clamp(min=1)
     elif kind == "seq-mean-token-mean":
         weight = 1 / (n * lengths.clamp(min=1))
-    else:  # seq-mean-token-sum-norm; for microbatch-token-mean, microbatch_weights() takes over
+    else:  # seq-mean-token-sum-norm
         weight = torch.ones_like(lengths) / (n * max_length)
-    return weight * counted
+    return weight * chosen
 
 
-def microbatch_weights(plan: list[list[list[int]]], lengths: torch.Tensor) -> torch.Tensor:
-    """What a token of each sample weighs [N] if every micro-batch takes a mean of its own.
-
-    As the authors' code: a micro-batch's mean over its tokens counts by its share of the samples.
-
-    Args:
-        plan: of plan_microbatches(); lengths: response tokens [N].
-
-    >>> microbatch_weights([[[0, 1], [2]]], torch.tensor([1, 3, 2]))
-    tensor([0.1667, 0.1667, 0.1667])
-    >>> microbatch_weights([[[0], [1, 2]]], torch.tensor([1, 3, 2]))
-    tensor([0.3333, 0.1333, 0.1333])
-    """
-    batches = [batch for part in plan for batch in part if batch]
-    weight = torch.zeros(len(lengths))
-    for batch in batches:
-        weight[batch] = len(batch) / sum(map(len, batches)) / lengths[batch].sum()
-    return weight
+DUAL_CLIP = 10.0  # bound of the ratio where A < 0 (paper: 10)
 
 
-def clipped_objective(logp, old_logp, A, clip_low: float, clip_high: float, dual_clip: float):
+def clipped_objective(logp, old_logp, A, clip_low: float, clip_high: float):
     """PPO's clipped objective per token [n], with clip-higher and dual clip (to be maximised).
 
     On-policy old_logp = logp: the value is A and the gradient A ∇logp. Dual clip (arXiv 1912.09729)
-    bounds the objective of A < 0 from below by dual_clip * A.
+    bounds the objective of A < 0 from below by DUAL_CLIP * A.
 
     >>> logp = torch.tensor([0.5, 0.5, 3.0])
-    >>> clipped_objective(logp, torch.zeros(3), torch.tensor([1.0, -1.0, -1.0]), 0.2, 0.28, 10.0)
+    >>> clipped_objective(logp, torch.zeros(3), torch.tensor([1.0, -1.0, -1.0]), 0.2, 0.28)
     tensor([  1.2800,  -1.6487, -10.0000])
     """
     ratio = torch.exp(logp - old_logp)
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     objective = torch.minimum(ratio * A, clipped * A)
-    return torch.where(A < 0, torch.maximum(objective, dual_clip * A), objective)
+    return torch.where(A < 0, torch.maximum(objective, DUAL_CLIP * A), objective)
 
 
 @torch.no_grad()
-def batch_stats(loss, logp, old_logp, args) -> torch.Tensor:
+def batch_stats(batch, loss, logp, old_logp, args) -> torch.Tensor:
     """Of a micro-batch: loss, Σ logp, tokens whose ratio left the clip range, tokens; [4]."""
     ratio = (logp - old_logp).exp()
     outside = (ratio < 1 - args.clip_low) | (ratio > 1 + args.clip_high)
-    return torch.stack([loss, logp.sum(), outside.sum(), torch.ones_like(logp).sum()]).cpu()
+    stats = torch.stack([loss, logp.sum(), outside.sum(), torch.ones_like(logp).sum()]).cpu()
+    return torch.zeros_like(stats) if batch.is_filler else stats
 
 
 # ------------------------------------------------------------------------- policy and micro-batches
@@ -677,6 +664,15 @@ def make_optimizer(policy, args):
     )
 
 
+def optimizer_step(policy, optimizer, max_norm: float) -> float:
+    """Clip the gradients and step, unless they are not finite. Returns their norm before."""
+    norm = clip_gradients(policy, max_norm)
+    if math.isfinite(norm):
+        optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
 def clip_gradients(policy, max_norm: float) -> float:
     """Scale the gradients to `max_norm` if their norm is larger. Returns the norm before."""
     harness.note_memory()
@@ -687,12 +683,13 @@ def clip_gradients(policy, max_norm: float) -> float:
     return torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm).full_tensor().item()
 
 
-def skip_update(folder: Path, step: int, samples: list[dict], A, skipped: int, say) -> int:
-    """The gradient is not finite: save the step's samples for inspection instead of updating.
+def count_skipped(skipped: int, grad_norm: float, folder: Path, step: int, samples, A, say) -> int:
+    """How many updates in a row were skipped because the gradient was not finite.
 
-    Returns:
-        how many updates in a row were skipped. The third ends the run.
+    Saves the samples of such a step for inspection. The third in a row ends the run.
     """
+    if math.isfinite(grad_norm):
+        return 0
     path = folder / "skipped" / f"step_{step:06d}.pt"
     if dist.get_rank() == 0:
         path.parent.mkdir(exist_ok=True)
@@ -771,11 +768,71 @@ def collate(contexts: list[list[int]], responses: list[np.ndarray], batch: list[
     return torch.from_numpy(tokens).to(device), torch.from_numpy(is_response).to(device)
 
 
+class Batch(NamedTuple):
+    """A micro-batch of B samples with n response tokens in all. B is never 0.
+
+    All ranks make equally many. A rank that has no sample left gets a filler: a sample of the step
+    whose every value is 0, so that it adds nothing to the loss.
+    """
+
+    index: list[int]  # which of the step's samples they are
+    tokens: torch.Tensor  # [B, L]
+    is_response: torch.Tensor  # bool [B, L]
+    lengths: torch.Tensor  # [B] response tokens
+    is_filler: bool
+
+    def per_token(self, values: torch.Tensor) -> torch.Tensor:
+        """A value of each of the step's samples [N] at each response token [n]; a filler's is 0."""
+        values = values[self.index].to(self.tokens.device).repeat_interleave(self.lengths)
+        return torch.zeros_like(values) if self.is_filler else values
+
+    def take(self, parts) -> torch.Tensor:
+        """[n] from parts[i], the values [T_i] at the tokens of sample i."""
+        return torch.cat([parts[i] for i in self.index])
+
+
+def split(in_loss: torch.Tensor, num_minibatches: int, step: int) -> list[torch.Tensor]:
+    """Of which samples each mini-batch is, bool [N] each; the same on every rank."""
+    order = torch.randperm(len(in_loss), generator=torch.Generator().manual_seed(step))
+    minibatches = []
+    for part in order.chunk(num_minibatches):
+        chosen = torch.zeros_like(in_loss)
+        chosen[part] = in_loss[part]
+        minibatches.append(chosen)
+    return minibatches
+
+
+def microbatches(chosen: torch.Tensor, contexts, responses, args, device):
+    """This rank's micro-batches of the chosen samples (bool [N]); as many on every rank."""
+    total = [len(x) + len(y) for x, y in zip(contexts, responses)]  # tokens of each sequence
+    indices = chosen.nonzero()[:, 0].tolist()
+    plan = plan_microbatches(indices, total, args.max_tokens_per_microbatch, dist.get_world_size())
+    for index in plan[dist.get_rank()]:
+        filler = [min(indices, key=lambda i: total[i])]
+        batch = index or filler
+        lengths = torch.tensor([len(responses[i]) for i in batch], device=device)
+        yield Batch(batch, *collate(contexts, responses, batch, device), lengths, not index)
+
+
+@torch.no_grad()
+def old_logprobs(policy, minibatches, computed, prefix, contexts, responses, args, device) -> dict:
+    """log π(y_t | context, y_<t) before the first update, [T_i] by sample; of this rank's.
+
+    Empty if there is one mini-batch: then the old policy is the one that is updated.
+    """
+    found = {}
+    for chosen in minibatches if len(minibatches) > 1 else ():
+        for batch in microbatches(chosen & computed, contexts, responses, args, device):
+            logp = policy(batch.tokens, batch.is_response, prefix)
+            found.update(zip(batch.index, logp.split(batch.lengths.tolist())))
+    return found
+
+
 # -------------------------------------------------------------------- canary and gradient alignment
 
 
 @torch.no_grad()
-def score(policy, prompts: list[list[int]], samples: list[dict], args, device) -> dict:
+def canary(policy, prompts: list[list[int]], samples: list[dict], args, device) -> dict:
     """The canary: up to 4 of the step's samples a rank, scored by the trainer, with the prompt.
 
     Runs before the update: the engine has these very weights, so the gap is rounding only; a large
@@ -805,7 +862,7 @@ def score(policy, prompts: list[list[int]], samples: list[dict], args, device) -
 
 def check_gap(gap: float, args) -> None:
     """Stop if the engine's log-probs have left the trainer's (not comparable for top-p < 1)."""
-    limit = args.max_logprob_gap or (0.001 if args.dtype == "float32" else 0.1)
+    limit = 0.001 if args.dtype == "float32" else 0.1
     if math.isnan(gap):
         raise RuntimeError(
             "sync/logprob_gap is NaN: a weight is not finite. The last checkpoint is sound; a "
@@ -885,7 +942,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def summarize(samples: list[dict], k: int) -> dict:
-    """Figures of an evaluation: k judged samples to each problem, by index.
+    """Figures of an evaluation: k verified samples to each problem, by index.
 
     Returns:
         avg@k; pass@m for m = 1, 2, 4, ... and k; standard_error of avg@k, over problems; problems;
@@ -904,14 +961,14 @@ def summarize(samples: list[dict], k: int) -> dict:
     return result | thoughts.rates([s["thoughts"] for s in samples], lengths)
 
 
-def sample_and_judge(engine, problems, k: int, stop, tokenizer, pool, args) -> list[dict]:
-    """k judged samples to each problem, on every rank; the same seeds at every call."""
+def sample_and_verify(engine, problems, k: int, stop, tokenizer, verifier, args) -> list[dict]:
+    """k verified samples to each problem, on every rank; the same seeds at every call."""
     samples = rollout(engine, problems, k, f"{args.seed} eval", stop, args)
-    judge(samples, [p["answer"] for p in problems for _ in range(k)], tokenizer, pool, args)
+    verify(samples, [p["answer"] for p in problems for _ in range(k)], tokenizer, verifier, args)
     return gather(samples)
 
 
-def evaluate(engine, datasets: dict, stop, tokenizer, pool, args) -> dict:
+def evaluate(engine, datasets: dict, stop, tokenizer, verifier, args) -> dict:
     """eval/NAME/avg@k, pass@k, length, truncated, boxed and thoughts of each data set.
 
     All sets are sampled in one rollout: one wait for the longest response, not one a set.
@@ -919,7 +976,7 @@ def evaluate(engine, datasets: dict, stop, tokenizer, pool, args) -> dict:
     metrics, k = {}, args.eval_num_samples
     keys = f"avg@{k} pass@{k} length truncated boxed thoughts/reflection thoughts/transition"
     problems = [problem for each in datasets.values() for problem in each]
-    samples = sample_and_judge(engine, problems, k, stop, tokenizer, pool, args)
+    samples = sample_and_verify(engine, problems, k, stop, tokenizer, verifier, args)
     start = 0
     for name, each in datasets.items():
         result = summarize(samples[start : start + len(each) * k], k)

@@ -3,9 +3,9 @@
     python evaluate.py --model runs/x/model --datasets aime24 aime25 amc23 --num-samples 32
     python evaluate.py --preset lab --model runs/y/model
 
-Generates with vLLM on every rank and judges as training does, with the functions that the training
-scripts evaluate with: the same weights, seed and lengths give the same numbers. Writes results.json
-and completions.parquet. A killed evaluation goes on with --resume.
+Generates with vLLM on every rank and verifies, with the functions that the training scripts
+evaluate with: the same weights, seed and lengths give the same numbers. Writes results.json and
+completions.parquet. A killed evaluation goes on with --resume.
 """
 
 import json
@@ -96,7 +96,7 @@ def main(args: Args) -> None:
         rows = unfinished(parts, Path(name).stem, rows)
         for start in range(0, len(rows), size):
             chunk = rows[start : start + size]
-            samples = common.sample_and_judge(
+            samples = common.sample_and_verify(
                 engine, chunk, args.num_samples, stop, tokenizer, verifier, args
             )
             if rank == 0:

@@ -118,7 +118,7 @@ def main(args: Args) -> None:
     policy = common.load_policy(path, config, tokenizer, args, device)
     common.sync_weights(engine, policy)
     common.check_sync(engine, policy)
-    samples = common.sample_and_judge(
+    samples = common.sample_and_verify(
         engine, problems, args.num_generations, stop, tokenizer, verifier, args
     )
     verifier.stop()
@@ -175,7 +175,7 @@ def logprobs(policy, contexts, responses, args, device) -> list[np.ndarray]:
 
 def compare_rollouts(policy, prompts, responses, rewards, bos, logps, args, device, say) -> dict:
     """Rollout by rollout g₁ and g₂, the finite steps, and the batch's updates."""
-    r_bar = common.advantages(rewards, args.num_generations, "dr_grpo")  # r - group mean
+    r_bar = common.advantages(rewards, args.num_generations, "mean")
     updates = {  # name -> space and A [N]
         "GRPO": ("x", common.advantages(rewards, args.num_generations, "grpo")),
         "NSR-RL": ("x", r_bar.clamp(max=0)),

@@ -66,34 +66,31 @@ class Args:
     """seconds for one answer; after that it scores 0"""
     max_bad_gold: float = 0.01
     """share of gold answers that the grader may fail to read (left out); more is refused"""
-    mask_truncated: bool = False
-    """leave truncated responses out of the update (paper: they count as wrong)"""
 
     # Method
-    advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce++"] = "grpo"
-    """grpo: (r - group mean) / (group std + 1e-6) (paper); dr_grpo: r - group mean"""
-    negatives: Literal["advantage", "reward"] = "advantage"
-    """negative means A < 0 (paper), or every wrong sample: then A = +1 if right, -1 if wrong"""
+    advantage: Literal["grpo", "mean", "rloo", "reinforce++", "sign"] = "grpo"
+    """grpo: (r - group mean) / (group std + 1e-6); mean: r - group mean; rloo: r - mean of the
+    others in the group; reinforce++: (r - mean) / (std + 1e-6) of the batch; sign: 1 if correct, -1
+    if not (paper: grpo given x, mean given BOS)"""
+    bos_token: str = ""
+    """the pre-train space's context; default the tokenizer's BOS, else <|im_start|>"""
     positive_weight: float = 1.0
-    """factor of samples with A > 0, where they count; 0 leaves them out (paper: 1)"""
+    """factor of samples with A > 0, where they are in the loss; 0 leaves them out (paper: 1)"""
     negative_weight: float = 1.0
-    """factor of samples with A < 0, where they count; 0 leaves them out (paper: 1)"""
-    loss_aggregation: Literal[
-        "token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm", "microbatch-token-mean"
-    ] = "token-mean"
-    """how tokens' losses become one number, over all counted samples of the step; the last is the
-    authors' code: a mean in each micro-batch, so it depends on how the samples are packed"""
+    """factor of samples with A < 0, where they are in the loss; 0 leaves them out (paper: 1)"""
+    loss_aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"] = (
+        "token-mean"
+    )
+    """how the tokens' losses become one number, over all samples in the loss (paper: token-mean)"""
     num_minibatches: int = 1
     """optimiser updates per step; clipping and old log-probs only act when more than 1
     (paper: 1)"""
     clip_low: float = 0.2
     """ratio is clipped below 1 - this (paper: 0.2)"""
     clip_high: float = 0.28
-    """ratio is clipped above 1 + this (paper: GRPO 0.28, DSRL 0.2)"""
-    dual_clip: float = 10.0
-    """bound of the ratio where A < 0 (paper: 10)"""
+    """ratio is clipped above 1 + this (paper: GRPO 0.28, else 0.2)"""
     tis_cap: float = 0.0
-    """cap of the truncated importance weight trainer / sampler; 0 = off"""
+    """cap of the truncated importance weight trainer / sampler, phase rl only; 0 = off"""
 
     # Optimiser
     learning_rate: float = 1e-6
@@ -108,11 +105,11 @@ class Args:
     """steps; also before the first and after the last; 0 = never (paper: 5, later 25)"""
     eval_num_samples: int = 8
     """k of avg@k and pass@k, samples per problem (paper: 32)"""
+    alignment_every: int = 0
+    """steps between measurements of the update's cosine with GRPO's; 0 = never"""
     save_every: int = 50
     """steps between checkpoints for --resume, and between saved completions; 0 = never
     (paper: 50)"""
-    keep_checkpoints: int = 2
-    """older ones are removed"""
     resume: str = ""
     """path of a checkpoint, or auto: the latest in --output-dir"""
     track: Literal["none", "wandb", "trackio"] = "none"
@@ -133,8 +130,6 @@ class Args:
     """recompute each layer's activations in the backward pass (paper: on)"""
     cpu_offload: bool = False
     """weights and optimiser state in host memory (paper: on)"""
-    max_logprob_gap: float = 0.0
-    """stop when |trainer - sampler log-prob| is larger; 0 = 0.001 (float32) or 0.1 (bfloat16)"""
 
 
 def main(args: Args) -> None:
@@ -144,6 +139,7 @@ def main(args: Args) -> None:
     path, config, tokenizer = inputs.load_model_files(args)
     train = inputs.load_problems(args.dataset, "train")
     evals = {name: inputs.load_problems(name, "test") for name in args.eval_datasets}
+    bos = inputs.find_bos(tokenizer, args.bos_token)
     stop = inputs.find_stop_tokens(path, tokenizer)
     inputs.fit_context(args, config)
     train = inputs.encode_prompts(train, tokenizer, args)
@@ -158,6 +154,7 @@ def main(args: Args) -> None:
     say(f"{args.model}: {len(train)} problems, {world_size} ranks, output in {folder}")
     say(f"a prompt ends in {tokenizer.decode(train[0]['prompt_ids'][-20:])!r}")
     say(f"a response ends at {' or '.join(tokenizer.convert_ids_to_tokens(stop))}")
+    say(f"the pre-train space's context is token {bos}, {tokenizer.convert_ids_to_tokens(bos)!r}")
 
     engine = common.make_engine(path, tokenizer, args)
     policy = common.load_policy(path, config, tokenizer, args, device)
@@ -186,7 +183,7 @@ def main(args: Args) -> None:
 
         # 2. Verify: r ∈ {0, 1}. From here on every rank holds all N = P * G samples
         golds = [p["answer"] for p in problems for _ in range(args.num_generations)]
-        counts = common.judge(samples, golds, tokenizer, verifier, args)
+        counts = common.verify(samples, golds, tokenizer, verifier, args)
         samples = common.gather(samples)
         prompts = [p["prompt_ids"] for p in problems for _ in range(args.num_generations)]  # x
         responses = [s["ids"] for s in samples]  # y
@@ -194,83 +191,55 @@ def main(args: Args) -> None:
         rewards = torch.tensor([s["reward"] for s in samples])  # [N]
         clock.lap("time/verify")
 
-        # The canary: does the engine sample from the trainer's weights?
-        canary = common.score(policy, prompts, samples, args, device)
-        common.check_gap(canary["sync/logprob_gap"], args)
+        # The canary: does the engine sample from the trainer's policy?
+        measured = common.canary(policy, prompts, samples, args, device)
+        common.check_gap(measured["sync/logprob_gap"], args)
         clock.lap("time/canary")
 
         # 3. Advantage A [N]: equation (1)
         A = common.advantages(rewards, args.num_generations, args.advantage)
-        if args.negatives == "reward":
-            A = 2 * rewards - 1
 
-        # 4. Equation (2): which samples count, in which space. The methods differ here only
-        counted = torch.ones_like(A, dtype=torch.bool)  # [N], all
+        # 4. Equation (2): which samples are in the loss, in which space. Only here methods differ
+        in_loss = torch.ones_like(A, dtype=torch.bool)  # [N], all
         contexts = prompts  # log π(y_t | x, y_<t)
-        phase, coef = "rl", 1.0
-        tis_cap = args.tis_cap
+        phase = "rl"
 
         weight = common.sign_weights(A, args.positive_weight, args.negative_weight)  # [N]
-        counted &= weight != 0
-        if args.mask_truncated:
-            counted &= ~torch.tensor([s["truncated"] for s in samples])
+        in_loss &= weight != 0
         A = weight * A
+        if args.alignment_every and step % args.alignment_every == 0:
+            measured |= common.alignment(
+                policy, contexts, prompts, responses, A * in_loss, rewards, args, device
+            )
 
-        # 5. Update: one optimiser step per mini-batch of the counted samples
-        order = torch.randperm(len(A), generator=torch.Generator().manual_seed(step))
+        # 5. Update: one optimiser step per mini-batch. Where A = 0 nothing but the mean changes, so
+        # nothing is computed; a fork whose loss has another term computes all of in_loss
+        computed = in_loss & (A != 0)  # [N]
         prefix, contexts = common.split_prefix(contexts, responses, args)  # tokens all begin with
-        total = [len(x) + len(y) for x, y in zip(contexts, responses)]  # tokens of each sequence
+        work = (contexts, responses, args, device)
+        minibatches = common.split(in_loss, args.num_minibatches, step)
+        old_logps = common.old_logprobs(policy, minibatches, computed, prefix, *work)
         stats = torch.zeros(4, dtype=torch.float64)  # Σ loss, Σ logp, clipped tokens, tokens
         grad_norm, updates = float("nan"), 0
-        old_logps = {}
-        for old in (True, False) if args.num_minibatches > 1 else (False,):
-            for minibatch in order.chunk(args.num_minibatches):
-                chosen = torch.zeros_like(counted)
-                chosen[minibatch] = counted[minibatch]
-                scale = common.token_weights(  # [N], sums to a mean over the counted tokens
-                    chosen, lengths, args.loss_aggregation, args.max_completion_length
+        for chosen in (c for c in minibatches if (c & computed).any()):  # bool [N]
+            share = common.token_weights(  # [N], of a token; they sum to a mean over `chosen`
+                chosen, lengths, args.loss_aggregation, args.max_completion_length
+            )
+            for batch in common.microbatches(chosen & computed, *work):
+                logp = policy(batch.tokens, batch.is_response, prefix)  # [n] log π(y_t | ·, y_<t)
+                old_logp = batch.take(old_logps) if old_logps else logp.detach()  # [n]
+                objective = common.clipped_objective(  # [n] on-policy: ratio 1, gradient A ∇log π
+                    logp, old_logp, batch.per_token(A), args.clip_low, args.clip_high
                 )
-                # A sample with A = 0 counts in the mean, but has no gradient to compute
-                active = (chosen & (A != 0)).nonzero()[:, 0].tolist()
-                if not active:
-                    continue
-                plan = common.plan_microbatches(
-                    active, total, args.max_tokens_per_microbatch, world_size
-                )
-                if args.loss_aggregation == "microbatch-token-mean":
-                    scale = common.microbatch_weights(plan, lengths)  # the authors' code
-                for batch in plan[rank]:  # B samples; tokens and is_response are [B, L]
-                    tokens, is_response = common.collate(contexts, responses, batch, device)
-                    n = [len(responses[i]) for i in batch]
-                    if old:  # the trainer's own log-probs before the first update
-                        with torch.no_grad():
-                            logp = policy(tokens, is_response, prefix)
-                        old_logps.update(zip(batch, logp.split(n)))
-                        continue
-                    logp = policy(tokens, is_response, prefix)  # [n] log π(y_t | context, y_<t)
-                    old_logp = logp.detach()  # [n] on-policy: ratio 1, gradient A ∇log π
-                    if args.num_minibatches > 1:
-                        old_logp = torch.cat([old_logps[i] for i in batch] or [old_logp])
-                    per_token = torch.tensor(n, dtype=torch.int64, device=device)
-                    A_t = A[batch].to(device).repeat_interleave(per_token)  # [n]
-                    objective = common.clipped_objective(  # [n]
-                        logp, old_logp, A_t, args.clip_low, args.clip_high, args.dual_clip
-                    )
-                    if tis_cap:  # E_sampler -> E_trainer, truncated
-                        sampler = common.sampler_logprobs(samples, batch, device)
-                        objective = objective * (old_logp - sampler).exp().clamp(max=tis_cap)
-                    scale_t = scale[batch].to(device).repeat_interleave(per_token)  # [n]
-                    loss = -coef * (scale_t * objective).sum()  # ∇loss = -∇J: equation (2)
-                    (loss * world_size).backward()  # FSDP averages over ranks; the loss is a sum
-                    stats += common.batch_stats(loss, logp, old_logp, args)
-                if not old:
-                    grad_norm = common.clip_gradients(policy, args.max_grad_norm)
-                    if math.isfinite(grad_norm):
-                        optimizer.step()
-                        updates, skipped = updates + 1, 0
-                    else:
-                        skipped = common.skip_update(folder, step, samples, A, skipped, say)
-                    optimizer.zero_grad()
+                if args.tis_cap and phase == "rl":  # E_sampler -> E_trainer, truncated
+                    sampler = common.sampler_logprobs(samples, batch.index, device)
+                    objective = objective * (old_logp - sampler).exp().clamp(max=args.tis_cap)
+                loss = -(batch.per_token(share) * objective).sum()  # ∇loss = -∇J: equation (2)
+                (loss * world_size).backward()  # FSDP averages over ranks; the loss is a sum
+                stats += common.batch_stats(batch, loss, logp, old_logp, args)
+            grad_norm = common.optimizer_step(policy, optimizer, args.max_grad_norm)
+            updates += math.isfinite(grad_norm)
+            skipped = common.count_skipped(skipped, grad_norm, folder, step, samples, A, say)
         dist.all_reduce(stats)
         clock.lap("time/update")
 
@@ -282,12 +251,12 @@ def main(args: Args) -> None:
 
         # 7. Log, evaluate, save
         metrics = {"step": step, "phase": phase}
-        metrics |= common.rollout_metrics(samples, rewards, args) | counts | canary
+        metrics |= common.rollout_metrics(samples, rewards, args) | counts | measured
         metrics |= {
             "policy/loss": stats[0].item(),
             "policy/grad_norm": grad_norm,
-            "policy/counted_samples": int(counted.sum()),
-            "policy/counted_tokens": int(lengths[counted].sum()),
+            "policy/counted_samples": int(in_loss.sum()),
+            "policy/counted_tokens": int(lengths[in_loss].sum()),
             "policy/logprob": (stats[1] / stats[3]).item(),
             "policy/clip_fraction": (stats[2] / stats[3]).item(),
         }

@@ -165,29 +165,27 @@ def check_args(args) -> None:
     """Refuse values no run can have, before anything is loaded."""
     world_size = dist.get_world_size()
     positive = "num_prompts num_generations num_samples num_minibatches max_prompt_length"
-    positive += " max_completion_length keep_checkpoints eval_num_samples tensor_parallel_size"
+    positive += " max_completion_length eval_num_samples tensor_parallel_size"
     for name in (positive + " temperature learning_rate max_grad_norm verify_timeout").split():
         if not 0 < getattr(args, name, 1) < math.inf:
             fail(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
-    floors = "weight_decay warmup_steps warmup_learning_rate clip_low clip_high tis_cap"
+    floors = "weight_decay warmup_steps clip_low clip_high tis_cap"
     floors += " positive_weight negative_weight eval_every save_every num_steps alignment_every"
-    floors += " max_logprob_gap max_bad_gold"
+    floors += " max_bad_gold"
     for name in floors.split():
         if not 0 <= getattr(args, name, 0) < math.inf:
             fail(f"--{name.replace('_', '-')} must be 0 or more, not {getattr(args, name)}")
     if not 0 < args.top_p <= 1:
         fail(f"--top-p must be in (0, 1], not {args.top_p}")
-    if not getattr(args, "dual_clip", 10) > 1:
-        fail(f"--dual-clip must be over 1, not {args.dual_clip}: A < 0 would have no gradient")
     if getattr(args, "tis_cap", 0) and args.top_p < 1:
         fail(
             f"--tis-cap {args.tis_cap:g} with --top-p {args.top_p:g}: the sampler's log-probs are "
             "normalised over the nucleus, the trainer's over the vocabulary; their ratio means "
             "nothing. Use one of the two"
         )
-    whole_batch = getattr(args, "advantage", "dr_grpo") == "reinforce++"
-    if getattr(args, "num_generations", 2) == 1 and getattr(args, "negatives", "") != "reward":
-        if not whole_batch or getattr(args, "warmup_steps", 0):  # DSRL's warm-up: r - group mean
+    if getattr(args, "num_generations", 2) == 1:
+        alone = {"reinforce++": not getattr(args, "warmup_steps", 0), "sign": True}
+        if not alone.get(getattr(args, "advantage", "mean")):  # a warm-up's is r - group mean
             fail("--num-generations 1 leaves every advantage 0: a group needs 2 or more responses")
     names = getattr(args, "datasets", ()) or getattr(args, "eval_datasets", ())
     stems = [Path(name).stem for name in names]
@@ -389,7 +387,7 @@ def make_output_dir(args) -> Path:
 MAY_CHANGE = set(
     "preset num_steps output_dir resume num_processes tensor_parallel_size gpu_memory_utilization "
     "max_tokens_per_microbatch gradient_checkpointing cpu_offload save_every eval_every track "
-    "max_logprob_gap alignment_every verify_timeout keep_checkpoints".split()
+    "alignment_every verify_timeout".split()
 )
 
 
@@ -406,6 +404,9 @@ def refuse_changes(folder: Path, now: dict) -> None:
         fail(f"--resume cannot go on with {folder}: {'; '.join(changed)}")
 
 
+KEPT_CHECKPOINTS = 2  # older ones are removed
+
+
 def check_disk(folder: Path, path: str, args) -> None:
     """Refuse to start if the checkpoints and the final model will not fit on the disk."""
     from safetensors import safe_open
@@ -415,17 +416,15 @@ def check_disk(folder: Path, path: str, args) -> None:
         with safe_open(file, "pt") as tensors:
             count += sum(math.prod(tensors.get_slice(k).get_shape()) for k in tensors.keys())
     # float32 weights and two moments; one checkpoint more than are kept exists while it is written
-    checkpoints = min(
-        args.keep_checkpoints + 1, 1 + args.num_steps // (args.save_every or math.inf)
-    )
+    checkpoints = min(KEPT_CHECKPOINTS + 1, 1 + args.num_steps // (args.save_every or math.inf))
     needed = count * (12 * checkpoints + getattr(torch, args.dtype).itemsize)
     free = shutil.disk_usage(folder).free
     free += sum(file.stat().st_size for file in folder.glob("checkpoints/*/*"))  # of --resume
     if free < needed:
         fail(
             f"{folder} has {free / 2**30:.1f} GiB free, but the run needs {needed / 2**30:.1f} GiB "
-            f"({checkpoints:.0f} checkpoints and the model): another --output-dir, fewer "
-            "--keep-checkpoints, or --save-every 0"
+            f"({checkpoints:.0f} checkpoints and the model): another --output-dir, or "
+            "--save-every 0"
         )
 
 
@@ -683,7 +682,7 @@ def save_checkpoint(folder: Path, step: int, policy, optimizer, args) -> None:
     """checkpoints/step_*: weights and optimiser state, every rank its shards; whole or absent.
 
     No more is needed: phase, data order and sampling seeds are functions of (seed, step). Older
-    checkpoints than the last --keep-checkpoints go when the new one is complete.
+    checkpoints than the last two go when the new one is complete.
     """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict
@@ -701,7 +700,7 @@ def save_checkpoint(folder: Path, step: int, policy, optimizer, args) -> None:
         shutil.copy(folder / "args.json", temporary)
         shutil.rmtree(path, ignore_errors=True)
         temporary.rename(path)
-        for old in sorted(path.parent.glob("step_??????"))[: -args.keep_checkpoints]:
+        for old in sorted(path.parent.glob("step_??????"))[:-KEPT_CHECKPOINTS]:
             shutil.rmtree(old)
     wait_for_all()
 

@@ -70,7 +70,7 @@ def hold_fixed(new_tokens: int, marks: list, prompts: list, prefixes: list, call
         marks: begin and end; prompts: their lengths; prefixes: length of what they share; calls:
             of the engine.
     """
-    make_engine, rollout, judge = common.make_engine, common.rollout, common.judge
+    make_engine, rollout, verify = common.make_engine, common.rollout, common.verify
     split_prefix = common.split_prefix
     timer, stop_if_asked = harness.timer, harness.stop_if_asked
 
@@ -97,8 +97,8 @@ def hold_fixed(new_tokens: int, marks: list, prompts: list, prefixes: list, call
         prefixes.append(len(prefix))
         return prefix, contexts
 
-    def fixed_judge(samples, *rest):
-        counts = judge(samples, *rest)
+    def fixed_verify(samples, *rest):
+        counts = verify(samples, *rest)
         for sample in samples:
             assert len(sample["ids"]) == new_tokens
             sample["reward"] = float(sample["index"] % 2)
@@ -112,7 +112,7 @@ def hold_fixed(new_tokens: int, marks: list, prompts: list, prefixes: list, call
         stop_if_asked(*rest)
         marks[-1].append(time.perf_counter())
 
-    common.make_engine, common.rollout, common.judge = fixed_engine, noted_rollout, fixed_judge
+    common.make_engine, common.rollout, common.verify = fixed_engine, noted_rollout, fixed_verify
     common.split_prefix = noted_prefix
     harness.timer, harness.stop_if_asked = marked_timer, marked_stop
 

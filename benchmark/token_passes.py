@@ -128,7 +128,7 @@ def make_update(args: Args):
     def loss(logp, batch: list[int], count: int):
         """The counted samples' mean over tokens; the others are in the batch with weight 0."""
         weight = torch.where(A < 0, A, 0.0)[batch].repeat_interleave(args.new_tokens)
-        objective = common.clipped_objective(logp, logp.detach(), weight, 0.2, 0.28, 10.0)
+        objective = common.clipped_objective(logp, logp.detach(), weight, 0.2, 0.28)
         return -objective.sum() / (count * args.new_tokens)
 
     def step() -> float:
@@ -152,7 +152,7 @@ def make_update(args: Args):
         return step()
 
     def ours() -> float:
-        common.score(policy, prompts, samples, flags, device)
+        common.canary(policy, prompts, samples, flags, device)
         for batch in microbatches(negatives, 1):
             loss(log_probs(bos, batch), batch, len(negatives)).backward()
         return step()

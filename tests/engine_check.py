@@ -31,7 +31,6 @@ args = types.SimpleNamespace(
     max_tokens_per_microbatch=4096,
     learning_rate=1e-2,
     weight_decay=0.0,
-    max_logprob_gap=0.0,
 )
 rank, world_size, device = harness.init_distributed()
 path, config, tokenizer = inputs.load_model_files(args)
@@ -50,7 +49,7 @@ common.check_sync(engine, policy)
 gaps = {}
 own = common.rollout(engine, problems, 4, "before", [2], args)
 samples = common.gather(own)
-gaps["before"] = common.score(policy, prompts, samples, args, device)["sync/logprob_gap"]
+gaps["before"] = common.canary(policy, prompts, samples, args, device)["sync/logprob_gap"]
 assert [s["index"] for s in samples] == list(range(24))
 for _ in range(3):
     tokens, is_response = common.collate(prompts, [s["ids"] for s in samples], range(24), device)
@@ -59,11 +58,11 @@ for _ in range(3):
     optimizer.step()
     optimizer.zero_grad()
 stale = common.gather(common.rollout(engine, problems, 4, "before", [2], args))
-gaps["stale"] = common.score(policy, prompts, stale, args, device)["sync/logprob_gap"]
+gaps["stale"] = common.canary(policy, prompts, stale, args, device)["sync/logprob_gap"]
 common.sync_weights(engine, policy)
 common.check_sync(engine, policy)
 after = common.gather(common.rollout(engine, problems, 4, "after", [2, 20], args))
-gaps["after"] = common.score(policy, prompts, after, args, device)["sync/logprob_gap"]
+gaps["after"] = common.canary(policy, prompts, after, args, device)["sync/logprob_gap"]
 
 harness.save_model(out, policy, config, tokenizer, path, torch.float32)
 

@@ -5,7 +5,9 @@ import itertools
 import math
 import random
 import statistics
+import types
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,7 +19,7 @@ import plot
 import thoughts
 from benchmark import estimate, flops, growth, hardware, study, token_passes
 
-DR_GRPO, GRPO, RLOO, REINFORCE = "dr_grpo", "grpo", "rloo", "reinforce++"
+MEAN, GRPO, RLOO, REINFORCE, SIGN = "mean", "grpo", "rloo", "reinforce++", "sign"
 
 
 MODULES = [common, inputs, grading, thoughts, plot, grad_alignment]
@@ -31,6 +33,8 @@ def test_docstrings(module):
 
 
 def oracle_advantages(rewards: list[float], size: int, kind: str) -> list[float]:
+    if kind == SIGN:
+        return [1.0 if r == 1.0 else -1.0 for r in rewards]
     if kind == REINFORCE:
         mean, std = statistics.mean(rewards), statistics.stdev(rewards)
         return [(r - mean) / (std + 1e-6) for r in rewards]
@@ -64,7 +68,7 @@ def oracle_loss(logps, old_logps, A, counted, kind, max_length, low, high, dual)
     return loss
 
 
-@pytest.mark.parametrize("kind", [GRPO, DR_GRPO, RLOO, REINFORCE])
+@pytest.mark.parametrize("kind", [GRPO, MEAN, RLOO, REINFORCE, SIGN])
 def test_advantages(kind):
     rng = random.Random(0)
     rewards = [float(rng.random() < 0.4) for _ in range(48)]
@@ -73,7 +77,7 @@ def test_advantages(kind):
 
 
 def test_groups_without_contrast_have_no_advantage():
-    for kind in (GRPO, DR_GRPO, RLOO):
+    for kind in (GRPO, MEAN, RLOO):
         for r in (0.0, 1.0):
             assert common.advantages(torch.full((8,), r), 4, kind).abs().max() == 0
 
@@ -82,8 +86,9 @@ def test_groups_without_contrast_have_no_advantage():
 @pytest.mark.parametrize(
     "aggregation", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 )
-def test_loss_value_and_gradient(aggregation, on_policy):
+def test_loss_value_and_gradient(aggregation, on_policy, monkeypatch):
     """What the scripts do with one micro-batch, against the oracle."""
+    monkeypatch.setattr(common, "DUAL_CLIP", 3.0)  # so low that it acts
     rng = random.Random(1)
     lengths = [rng.randint(1, 9) for _ in range(12)]
     logps = [-torch.rand(n, dtype=torch.float64) * 3 for n in lengths]
@@ -100,7 +105,7 @@ def test_loss_value_and_gradient(aggregation, on_policy):
     ours = [x.clone().requires_grad_() for x in logps]
     n = torch.tensor(lengths)
     objective = common.clipped_objective(
-        torch.cat(ours), torch.cat(olds), A.repeat_interleave(n), 0.2, 0.28, 3.0
+        torch.cat(ours), torch.cat(olds), A.repeat_interleave(n), 0.2, 0.28
     )
     loss = -(scale.repeat_interleave(n) * objective).sum()
     loss.backward()
@@ -139,6 +144,44 @@ def test_plan_microbatches():
         for batch in batches:
             width = max((lengths[i] for i in batch), default=0)
             assert len(batch) <= 1 or width * len(batch) <= budget
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_microbatches(world_size, monkeypatch):
+    """Every chosen sample once, over the ranks; a rank without one gets values that are all 0."""
+    contexts, responses = [[1, 2]] * 5, [np.arange(3, 3 + n) for n in (4, 1, 7, 2, 3)]
+    values, seen = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0]), []
+    args = types.SimpleNamespace(max_tokens_per_microbatch=12)
+    monkeypatch.setattr(common.dist, "get_world_size", lambda: world_size)
+    counts = set()
+    for rank in range(world_size):
+        monkeypatch.setattr(common.dist, "get_rank", lambda rank=rank: rank)
+        chosen = torch.tensor([True, False, True, False, True])
+        batches = list(common.microbatches(chosen, contexts, responses, args, "cpu"))
+        counts.add(len(batches))
+        for batch in batches:
+            n = [len(responses[i]) for i in batch.index]
+            assert batch.lengths.tolist() == n and batch.is_response.sum() == sum(n) > 0
+            picked = batch.tokens[batch.is_response].tolist()
+            assert picked == [t for i in batch.index for t in responses[i].tolist()]
+            assert batch.take(
+                {i: torch.full((len(y),), i) for i, y in enumerate(responses)}
+            ).tolist() == [i for i in batch.index for _ in responses[i]]
+            expected = [values[i].item() * (not batch.is_filler) for i in batch.index]
+            assert batch.per_token(values).tolist() == [
+                v for v, k in zip(expected, n) for _ in range(k)
+            ]
+            seen += [] if batch.is_filler else batch.index
+    assert sorted(seen) == [0, 2, 4] and len(counts) == 1
+
+
+def test_split():
+    in_loss = torch.tensor([True, False] * 8)
+    parts = common.split(in_loss, 4, step=3)
+    assert [part.any().item() for part in parts] == [True] * 4 or len(parts) == 4
+    assert torch.equal(torch.stack(parts).sum(0), in_loss.long())
+    assert all(torch.equal(a, b) for a, b in zip(parts, common.split(in_loss, 4, step=3)))
+    assert not all(torch.equal(a, b) for a, b in zip(parts, common.split(in_loss, 4, step=4)))
 
 
 def test_pick_problems():

@@ -61,7 +61,7 @@ def test_methods_of_two_models(tmp_path):
     """Folders with the same last name are two models; what a run keeps makes no method."""
     curve = {0: 0.2, 40: 0.8}
     for i, model in enumerate(("runs/a/model", "runs/b/model", "runs/b/model", "lab/base")):
-        write_run(tmp_path / f"{i}", "dsrl", curve, model=model, seed=i, keep_checkpoints=i)
+        write_run(tmp_path / f"{i}", "dsrl", curve, model=model, seed=i, save_every=i)
     groups = plot.group_runs([plot.read_run(tmp_path / f"{i}") for i in range(4)])
     assert {label: len(group) for label, group in groups.items()} == {
         "DSRL, model a/model": 1,

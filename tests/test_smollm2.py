@@ -87,7 +87,7 @@ def test_update_with_worked_examples(tmp_path):
     ratio to the old log-probs is 1, so each mini-batch adds 1 to the loss.
     """
     flags = "--num-steps 1 --num-prompts 2 --num-generations 2 --max-completion-length 8"
-    flags += " --num-minibatches 2 --learning-rate 1e-12 --negatives reward --eval-every 0"
+    flags += " --num-minibatches 2 --learning-rate 1e-12 --advantage sign --eval-every 0"
     flags += " --preset smollm --output-dir"
     command = [sys.executable, "grpo_baseline.py", *flags.split(), str(tmp_path)]
     done = subprocess.run(

@@ -75,7 +75,7 @@ if mode == "skew":
         ]
         for tokens in (4096, 64):
             args.max_tokens_per_microbatch = tokens
-            gap = common.score(policy, prompts, samples, args, device)["sync/logprob_gap"]
+            gap = common.canary(policy, prompts, samples, args, device)["sync/logprob_gap"]
             A = torch.zeros(len(lengths))
             A[-1] = -1.0  # a single sample has a gradient: other ranks have none
             responses = [s["ids"] for s in samples]
