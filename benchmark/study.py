@@ -32,7 +32,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import plot
-from docs.generate import fill, worked_example
+from docs.generate import fill, fork
 from lab import task
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -232,7 +232,7 @@ def pass_at_64(folder: Path, threads: int) -> None:
 
 def run(args: Args) -> None:
     threads = max(1, len(os.sched_getaffinity(0)) // args.jobs)
-    (ROOT / "late.py").write_text(worked_example())
+    (ROOT / "late.py").write_text(fork("late"))
     runs = commands(args)
     with ThreadPoolExecutor(args.jobs) as pool:
         work = [pool.submit(train, command, folder, threads) for _, _, command, folder in runs]
@@ -333,7 +333,7 @@ def run_worlds(args: Args) -> None:
     for name in set(args.only) - known:
         sys.exit(f"error: --only {name}: no such variant; they are {', '.join(known)}")
     threads = max(1, len(os.sched_getaffinity(0)) // args.jobs)
-    (ROOT / "late.py").write_text(worked_example())
+    (ROOT / "late.py").write_text(fork("late"))
     with ThreadPoolExecutor(args.jobs) as pool:
         for work in [pool.submit(make_base, world, args, threads) for world in args.worlds]:
             work.result()

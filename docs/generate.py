@@ -25,7 +25,8 @@ from benchmark import hardware  # noqa: E402
 
 SCRIPTS = ["grpo_baseline", "prerl", "nsr_prerl", "dsrl"]
 PAGES = {"grpo.md": "grpo_baseline", **{f"{name}.md": name for name in SCRIPTS[1:]}}
-PAGES |= dict.fromkeys(["fidelity.md", "forking.md", "study.md", "usage.md", "../README.md"])
+PAGES |= dict.fromkeys(["fidelity.md", "flags.md", "forking.md", "study.md", "usage.md"])
+PAGES["../README.md"] = None
 
 # Every key of metrics.jsonl; NAME is an evaluation set's name, k is --eval-num-samples.
 METRICS = {
@@ -120,13 +121,10 @@ def flags_table(script: str) -> str:
     return lines
 
 
-def metrics_table(script: str) -> str:
-    """The keys of metrics.jsonl; GRPO's alignment with itself is not measured."""
-    left_out = {"alignment/cosine_to_grpo"} if script == "grpo_baseline" else set()
+def metrics_table() -> str:
+    """The keys of metrics.jsonl."""
     lines = "| key | meaning |\n|---|---|\n"
-    return lines + "".join(
-        f"| `{key}` | {meaning} |\n" for key, meaning in METRICS.items() if key not in left_out
-    )
+    return lines + "".join(f"| `{key}` | {meaning} |\n" for key, meaning in METRICS.items())
 
 
 def number_links(text: str) -> str:
@@ -145,14 +143,16 @@ def number_links(text: str) -> str:
     return re.sub(r"\[([\w/]+\.py):\d+\]\(\.\./[\w/]+\.py#L\d+\)<!-- (.*?) -->", link, text)
 
 
-def worked_example() -> str:
-    """The fifth script of forking.md: nsr_prerl.py with the page's diffs applied."""
-    source = (ROOT / "nsr_prerl.py").read_text()
-    for diff in re.findall(r"```diff\n(.*?)```", (ROOT / "docs" / "forking.md").read_text(), re.S):
+def fork(name: str) -> str:
+    """A script of forking.md: the one it is copied from, with the diffs behind `cp` applied."""
+    page = (ROOT / "docs" / "forking.md").read_text()
+    base, text = re.search(rf"    cp (\w+\.py) {name}\.py\n(.*?)(?=\n#|\Z)", page, re.S).groups()
+    source = (ROOT / base).read_text()
+    for diff in re.findall(r"```diff\n(.*?)```", text, re.S):
         lines = diff.splitlines(keepends=True)
         before = "".join(line[1:] for line in lines if line[0] in " -")
         if source.count(before) != 1:
-            sys.exit(f"error: forking.md's diff does not fit nsr_prerl.py:\n{diff}")
+            sys.exit(f"error: forking.md's diff does not fit {base}:\n{diff}")
         source = source.replace(before, "".join(line[1:] for line in lines if line[0] in " +"))
     return source
 
@@ -169,8 +169,9 @@ def render(text: str, script: str | None) -> str:
             text = fill(text, f"hunk: {wanted}", f"```diff\n{found[0]}```")
         if left:
             sys.exit(f"error: the page of {script}.py does not explain:\n" + "\n".join(left))
-        text = fill(text, "flags", flags_table(script))
-        text = fill(text, "metrics", metrics_table(script))
+    if "<!-- flags -->" in text:
+        text = fill(text, "flags", flags_table("dsrl"))
+        text = fill(text, "metrics", metrics_table())
     if "<!-- hardware -->" in text:
         text = fill(text, "hardware", hardware.table())
     return number_links(text)

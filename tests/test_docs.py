@@ -3,17 +3,18 @@
 import difflib
 import importlib
 import itertools
-import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 import torch
 import yaml
-from test_scripts import ROOT, SCRIPTS, SMALL
+from test_scripts import ROOT, SCRIPTS, SMALL, metrics
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 
 import harness
@@ -27,6 +28,10 @@ def ours(pattern: str) -> list:
     """Files of the working tree, without environments, caches and runs."""
     paths = [p.relative_to(ROOT) for p in ROOT.rglob(pattern)]
     return [ROOT / p for p in paths if not re.search(r"(^|/)(\.|runs/)", str(p))]
+
+
+def table(path: Path) -> list[dict]:
+    return pyarrow.parquet.read_table(path).to_pylist()
 
 
 PAGES = ours("*.md")
@@ -50,30 +55,82 @@ def test_links_lead_somewhere(page):
             assert int(anchor[1:]) <= len((page.parent / path).read_text().splitlines()), target
 
 
-def test_forking_example(tmp_path):
-    """The fifth script of docs/forking.md, made by its own diffs, runs and leaves tokens out."""
-    script = ROOT / f"late_{tmp_path.name}.py"  # beside common.py, as a fork is
-    script.write_text(generate.worked_example())
-    losses = []
+def run_fork(name: str, folder: Path, *flags: str) -> list[dict]:
+    """Metrics of a script of docs/forking.md, made by its own diffs."""
+    script = ROOT / f"late_{name}_{folder.parent.name}.py"  # beside common.py, as a fork is
+    script.write_text(generate.fork(name))
+    command = [sys.executable, script.name, *SMALL, "--eval-every", "0", "--num-steps", "2"]
+    command += ["--num-prompts", "3", "--num-generations", "3", *flags]
     try:
-        for skip in (0, 8):
-            folder = tmp_path / str(skip)
-            flags = ["--num-steps", "1", "--eval-every", "0", "--skip-tokens", str(skip)]
-            done = subprocess.run(
-                [sys.executable, script.name, *SMALL, *flags, "--output-dir", str(folder)],
-                cwd=ROOT, text=True, capture_output=True, timeout=900, check=False,
-            )  # fmt: skip
-            assert done.returncode == 0, done.stdout + done.stderr
-            losses.append(json.loads((folder / "metrics.jsonl").read_text())["policy/grad_norm"])
+        done = subprocess.run(
+            [*command, "--output-dir", str(folder)],
+            cwd=ROOT, text=True, capture_output=True, timeout=900, check=False,
+        )  # fmt: skip
     finally:
         script.unlink()
-    assert losses[0] != pytest.approx(losses[1], rel=0.01)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return metrics(folder)
+
+
+FORKS = {
+    "late": "--skip-tokens 8",
+    "gspo": "--num-minibatches 2 --loss-aggregation seq-mean-token-mean --clip-low 0.01",
+    "kl": "--kl-coef 0.5",
+    "dynamic": "--oversample 4",
+    "formatted": "--num-generations 4",
+}
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory):
+    """Each on one rank, and on two with micro-batches of one sample, so that some are fillers."""
+    found = {}
+    for name, flags in FORKS.items():
+        folder = tmp_path_factory.mktemp(name)
+        two = ["--num-processes", "2", "--max-tokens-per-microbatch", "1"]
+        for ranks, more in ((1, []), (2, two)):
+            rows = run_fork(name, folder / str(ranks), *flags.split(), *more)
+            found[name, ranks] = rows, folder / str(ranks)
+    return found
+
+
+@pytest.mark.parametrize("name", FORKS)
+def test_forks_on_two_ranks(forks, name):
+    (one, *_), (two, *_) = forks[name, 1][0], forks[name, 2][0]
+    assert one["policy/grad_norm"] > 0
+    for key in ("policy/grad_norm", "policy/loss", "policy/logprob", "policy/counted_tokens"):
+        assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-6)
+
+
+def test_forks_do_what_they_say(forks, tmp_path):
+    # The KL's gradient is computed for every sample, also of groups without a contrast.
+    row = forks["kl", 1][0][0]
+    assert row["reward/solve_all"] + row["reward/solve_none"] > 0
+    assert row["policy/logprob"] == pytest.approx(-row["policy/entropy"], rel=1e-3)
+    # Dynamic sampling leaves only groups with a contrast.
+    row = forks["dynamic", 1][0][0]
+    assert row["reward/solve_all"] == row["reward/solve_none"] == 0
+    assert row["policy/counted_samples"] == 9
+    # The reward of its own changes advantages, not the reported rewards.
+    rows = table(forks["formatted", 1][1] / "completions" / "step_000001.parquet")
+    assert {row["reward"] for row in rows} <= {0.0, 1.0}
+    group = rows[:4]
+    shaped = [row["reward"] + 0.1 * (len(row["response"]) < 100) for row in group]
+    mean = sum(shaped) / 4
+    assert [row["advantage"] for row in group] == pytest.approx(
+        [r - mean for r in shaped], abs=1e-6
+    )
+    # Tokens that are left out change the gradient.
+    all_tokens = run_fork("late", tmp_path / "run", "--skip-tokens", "0")
+    assert all_tokens[0]["policy/grad_norm"] != pytest.approx(
+        forks["late", 1][0][0]["policy/grad_norm"], rel=0.01
+    )
 
 
 def test_forking_example_is_short():
     """A fifth script in 30 changed lines, docstring included."""
     before = (ROOT / "nsr_prerl.py").read_text().splitlines()
-    diff = difflib.unified_diff(before, generate.worked_example().splitlines(), n=0, lineterm="")
+    diff = difflib.unified_diff(before, generate.fork("late").splitlines(), n=0, lineterm="")
     assert 0 < sum(line[0] in "+-" and line[:3] not in ("+++", "---") for line in diff) <= 30
 
 
