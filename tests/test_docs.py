@@ -59,7 +59,7 @@ def run_fork(name: str, folder: Path, *flags: str) -> list[dict]:
     """Metrics of a script of docs/forking.md, made by its own diffs."""
     script = ROOT / f"late_{name}_{folder.parent.name}.py"  # beside common.py, as a fork is
     script.write_text(generate.fork(name))
-    command = [sys.executable, script.name, *SMALL, "--eval-every", "0", "--num-steps", "2"]
+    command = [sys.executable, script.name, *SMALL, "--eval-every", "0", "--num-steps", "1"]
     command += ["--num-prompts", "3", "--num-generations", "3", *flags]
     try:
         done = subprocess.run(
@@ -75,7 +75,7 @@ def run_fork(name: str, folder: Path, *flags: str) -> list[dict]:
 FORKS = {
     "late": "--skip-tokens 8",
     "gspo": "--num-minibatches 2 --loss-aggregation seq-mean-token-mean --clip-low 0.01",
-    "kl": "--kl-coef 0.5",
+    "kl": "--kl-coef 0.5 --num-steps 2",
     "dynamic": "--oversample 4",
     "formatted": "--num-generations 4",
 }
