@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from benchmark import hardware  # noqa: E402
 
 
 def last_line(*command: str) -> dict:
@@ -44,3 +46,17 @@ def test_memory():
     peaks = {point["head"]: point["peak_gib"] for point in points}
     assert set(peaks) == {"chunked", "log_softmax", "cross_entropy"}
     assert peaks["chunked"] < min(peaks["log_softmax"], peaks["cross_entropy"])
+
+
+@pytest.mark.parametrize("name", hardware.MODELS)
+def test_weights_stay_only_where_they_fit(name):
+    """The rule asks for no less than the update's own terms."""
+    m = hardware.MODELS[name]
+    for card, gib in hardware.CARDS.items():
+        for gpus in (1, 2, 4, 8):
+            for tokens in (8192, 16384, 65536):
+                for offload in (False, True):
+                    if hardware.weights_stay(m, gpus, 1, tokens, offload, gib):
+                        update = hardware.update_terms(m, gpus, tokens, offload, m.engine(1))
+                        assert update["peak"] * (1 + hardware.SPARE) < gib * hardware.GIB
+    assert hardware.plan(m, 8, 80)[1]
