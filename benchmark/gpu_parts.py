@@ -54,39 +54,11 @@ def seconds_to_generate(engine, count: int, seeded: bool) -> float:
     """For `count` requests of 64 tokens."""
     from vllm import SamplingParams
 
-    params = [
-        SamplingParams(max_tokens=64, ignore_eos=True, seed=i if seeded else None)
-        for i in range(count)
-    ]
+    flags = dict(max_tokens=64, ignore_eos=True, detokenize=False)
+    params = [SamplingParams(seed=i if seeded else None, **flags) for i in range(count)]
     start = time.perf_counter()
     engine.generate([{"prompt_token_ids": [1, 5, 6]}] * count, params, use_tqdm=False)
     return round(time.perf_counter() - start, 3)
-
-
-def adamw(fused: bool | None) -> tuple[float, float]:
-    """A step over 4 GiB of weights under FSDP2: GiB of temporaries, and seconds.
-
-    Args:
-        fused: None is PyTorch's choice.
-    """
-    import torch
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    layers = [torch.nn.Linear(16384, 16384, bias=False, device="cuda") for _ in range(4)]
-    layers = torch.nn.ModuleList(layers)
-    fully_shard(layers, mesh=init_device_mesh("cuda", (1,)))
-    optimizer = torch.optim.AdamW(layers.parameters(), fused=fused)
-    for _ in range(2):  # the first makes the moments
-        for parameter in layers.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before, start = torch.cuda.memory_allocated(), time.perf_counter()
-        optimizer.step()
-        torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
-    return round((torch.cuda.max_memory_allocated() - before) / 2**30, 2), round(seconds, 4)
 
 
 def checks(folder: Path, flags: str) -> None:
@@ -95,7 +67,7 @@ def checks(folder: Path, flags: str) -> None:
     CUDA graphs read the weights where they were when the graphs were made, so no sync may move
     them, and all must be in memory that sleeps. Memory in use between rollouts must not grow. The
     canary must agree with the engine, and must not once the trainer's weights are scaled by 0.8.
-    Also AdamW's temporaries, by default and fused, and what a seed for every request costs.
+    AdamW must need nothing beside the state. Also what a seed for every request costs.
 
     Args:
         folder: the run's --output-dir.
@@ -108,10 +80,10 @@ def checks(folder: Path, flags: str) -> None:
     import grpo_baseline
     import harness
 
-    cuda, figures, costs, failures = torch.cuda.is_available(), {}, {}, []
-    after_sync, between, gaps, stale_gaps = [], [], [], []
-    sync_weights, rollout = common.sync_weights, common.rollout
-    score, shutdown = common.score, harness.shutdown
+    cuda, figures, failures = torch.cuda.is_available(), {}, []
+    after_sync, between, gaps, stale_gaps, temporaries = [], [], [], [], []
+    sync_weights, rollout, score = common.sync_weights, common.rollout, common.score
+    make_optimizer, shutdown = common.make_optimizer, harness.shutdown
 
     def watched_sync(engine, *rest):
         sync_weights(engine, *rest)
@@ -135,6 +107,20 @@ def checks(folder: Path, flags: str) -> None:
         gaps.append(result["sync/logprob_gap"])
         return result
 
+    def watched_optimizer(policy, *rest):
+        optimizer = make_optimizer(policy, *rest)
+        step, weights = optimizer.step, sum(p.nbytes for p in policy.parameters())
+
+        def watched_step():
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            step()
+            temporaries.append((torch.cuda.max_memory_allocated() - before) / weights)
+
+        if cuda:
+            optimizer.step = watched_step
+        return optimizer
+
     def watched_shutdown(engine):
         found = {
             "the engine has other weights than the trainer": max(gaps) > 1e-3,
@@ -142,29 +128,28 @@ def checks(folder: Path, flags: str) -> None:
             "a sync moved weights": any(at != after_sync[0] for at in after_sync),
             "weights do not sleep": not all(inside for _, inside in after_sync[0].values()),
             "memory is not given back": max(between[1:]) - min(between[1:]) > 1 / 16,
+            "AdamW has temporaries": max(temporaries[1:], default=0) > 0.1,  # first: the moments
         }
         failures.extend(words for words, failed in found.items() if failed)
         figures["syncs"], figures["between_rollouts_gib"] = len(after_sync), between
         figures["check_gaps"], figures["check_stale_gaps"] = gaps, stale_gaps
+        figures["adamw_temporaries"], figures["check_failures"] = temporaries[1:], failures
         print("" if cuda else "addresses, memory, AdamW's temporaries: need CUDA")
-        print(json.dumps(figures | {"check_failures": failures}))
+        print(json.dumps(figures))
         if cuda:
             engine.wake_up(tags=["weights"])  # no effect right after a sync
             engine.wake_up(tags=["kv_cache"])
         for seeded in (False, True, False, True):  # the first two warm up
             name = "seeded_seconds" if seeded else "unseeded_seconds"
-            costs[name] = seconds_to_generate(engine, 512 if cuda else 16, seeded)
-        for name, fused in (("default", None), ("fused", True)) if cuda else ():
-            costs[f"adamw_{name}_gib"], costs[f"adamw_{name}_seconds"] = adamw(fused)
-        if costs.get("adamw_fused_gib", 0) > 0.1:
-            failures.append("fused AdamW has temporaries")
-        print(json.dumps(costs | {"check_failures": failures}))
+            figures[name] = seconds_to_generate(engine, 512 if cuda else 16, seeded)
+        print(json.dumps(figures))
         shutdown(engine)
 
     def watched_run(args):
         common.sync_weights, common.rollout = watched_sync, watched_rollout
-        common.score, harness.shutdown = watched_score, watched_shutdown
-        harness.quiet = lambda folder: print  # what libraries print belongs to this part's log
+        common.score, common.make_optimizer = watched_score, watched_optimizer
+        harness.shutdown = watched_shutdown
+        harness.quiet = lambda *rest: print  # what libraries print belongs to this part's log
         grpo_baseline.main(args)
         sys.exit(1 if failures else 0)
 
@@ -435,8 +420,7 @@ def run(folder: Path, name: str) -> None:
 # part -> its figures in the JSON line of all parts
 FIGURES = {
     "checks": "v2_runner syncs check_gaps check_stale_gaps check_failures between_rollouts_gib "
-    "adamw_default_gib adamw_fused_gib adamw_default_seconds adamw_fused_seconds seeded_seconds "
-    "unseeded_seconds",
+    "adamw_temporaries seeded_seconds unseeded_seconds",
     "lab": "dsrl_logprob_gap",
     "others": "grpo_logprob_gap prerl_logprob_gap nsr_prerl_logprob_gap",
     "qwen": "mfu update_peak_fraction matmul_gflops rollout_tokens_per_s generate_tokens_per_s "

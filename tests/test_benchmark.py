@@ -39,6 +39,15 @@ def test_step_breakdown(script):
     assert result["rollout_tokens_per_s"] > 0 and result["peak_gib"] > 0
 
 
+def test_checks(tmp_path):
+    """Every step's weights reach the engine, and the canary would see others."""
+    flags = "--preset lab --num-steps 2 --eval-every 0 --negatives reward --num-prompts 2 "
+    flags += "--num-generations 4 --max-completion-length 16"
+    result = last_line("gpu_parts.py", "checks", f"--folder={tmp_path / 'run'}", f"--flags={flags}")
+    assert result["syncs"] == 3 and not result["check_failures"]
+    assert max(result["check_gaps"]) < 1e-3 < min(result["check_stale_gaps"])
+
+
 def test_memory():
     """Full logits of 32,000 words need more memory than ours, even for few tokens."""
     flags = "--vocabs 32000 --tokens 4096 --hidden 64 --layers 1 --repeats 1".split()
