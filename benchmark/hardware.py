@@ -14,9 +14,10 @@ from dataclasses import dataclass
 
 GIB = 2**30
 CARDS = {80: 79.0, 48: 44.0, 24: 22.0}  # GB as sold -> GiB that a process sees on the least of them
-# GiB: the engine's activations and logits. A guess: on 80 GB it runs 4 times as many sequences
+# GiB: the engine's activations and logits. A guess; vLLM runs 1,024 sequences at once on 80 GB, 256
+# on less
 ENGINE_WORK = {80: 4.0, 48: 2.0, 24: 2.0}
-FIXED = 3.0  # GiB: CUDA context, NCCL, the engine's CUDA graphs. A guess
+FIXED = 3.0  # GiB: CUDA context, NCCL, the engine's CUDA graphs and sampler. A guess
 SPARE = 0.1  # of the update's peak, for fragmentation. A guess
 ROLLOUT_LIMIT = 0.97  # share of the card that the rollout may fill: its parts are known in advance
 CHUNK = 2048  # tokens whose logits exist at once: common.Policy
@@ -113,8 +114,9 @@ def weights_stay(m: Shape, gpus: int, tp: int, tokens: int, offload: bool, gib: 
     """
     state = 0 if offload else 16 * m.parameters / gpus
     layer = 8 * m.intermediate + 28 * m.hidden  # bytes a token that autograd keeps of one layer
-    batch = tokens * (2 * m.layers * m.hidden + 1.5 * layer) + 12 * m.vocab * m.hidden
-    return state + m.engine(tp) + batch + FIXED * GIB <= (1 - SPARE) * gib * GIB
+    batch = max(tokens, m.length) * (2 * m.layers * m.hidden + 1.5 * layer)
+    ends = 12 * m.vocab * m.hidden  # embedding and head in bfloat16, and the head's gradient
+    return state + m.engine(tp) + batch + ends + FIXED * GIB <= (1 - SPARE) * gib * GIB
 
 
 def update_terms(m: Shape, gpus: int, tokens: int, offload: bool, engine: float) -> dict:
