@@ -29,12 +29,14 @@ trap 'rm -rf "$WORK"' EXIT
 
 if ((CPU)); then
   export CUDA_VISIBLE_DEVICES= SHAPE=tiny PEAK=0 DIGITS=14 PROMPTS=2 GROUP=2 NEW=16 BATCH=64
+  export DTYPE=float32 # not all have instructions for bfloat16
   device= total=9999999 # a try-out has no time limits: a shared machine may be slow
 else
   device=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1)
   [[ -n $device ]] || { echo "no GPU was found; --cpu tries the plumbing" && exit 2; }
   # 989e12: an H100's or H200's dense bfloat16 FLOP/s by its data sheet
   export SHAPE=Qwen2.5-1.5B PEAK=989e12 DIGITS=256 PROMPTS=16 GROUP=8 NEW=1024 BATCH=16384
+  export DTYPE=bfloat16
   total=560
 fi
 
@@ -67,7 +69,8 @@ LAB="--preset lab --num-steps 3 --eval-every 0 --gpu-memory-utilization 0.1"
 export LAB
 
 part_checks() { # every wrong response counts, so that every step has an update
-  "$PYTHON" benchmark/gpu_parts.py checks --folder "$WORK/checks" --flags="$LAB --negatives reward"
+  "$PYTHON" benchmark/gpu_parts.py checks --folder "$WORK/checks" \
+    --flags="$LAB --negatives reward --max-logprob-gap 10" # it judges the gap itself
 }
 
 part_lab() {
@@ -109,7 +112,7 @@ part_smollm() {
   local flags="--num-steps 200 --eval-every 25"
   ((CPU)) && flags="--num-steps 2 --eval-every 0 --num-prompts 1 --num-generations 2"
   ((CPU)) && flags+=" --max-completion-length 8"
-  train $((LIMIT - 20)) smollm dsrl.py --preset smollm --dtype bfloat16 $flags
+  train $((LIMIT - 20)) smollm dsrl.py --preset smollm --dtype $DTYPE $flags
 }
 
 part_memory() {

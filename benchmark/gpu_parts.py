@@ -424,8 +424,9 @@ FIGURES = {
     "lab": "dsrl_logprob_gap",
     "others": "grpo_logprob_gap prerl_logprob_gap nsr_prerl_logprob_gap",
     "qwen": "mfu update_peak_fraction matmul_gflops rollout_tokens_per_s generate_tokens_per_s "
-    "vllm_tokens_per_s update_tokens_per_s sync_seconds sync_bytes sync_share sleep_gib "
-    "release_gib wake_weights_gib wake_kv_cache_gib allocator_peak_gib logprob_gap",
+    "vllm_tokens_per_s update_tokens_per_s sync_seconds sync_bytes sync_share rollout_gib "
+    "update_gib sleep_gib release_gib wake_weights_gib wake_kv_cache_gib allocator_peak_gib "
+    "logprob_gap",
     "profile": "attention_kernels head_kernels head_seconds microbatch_seconds",
     "smollm": "smollm_steps smollm_reward_first_tenth smollm_reward_last_tenth smollm_eval "
     "smollm_logprob_gap",
