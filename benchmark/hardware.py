@@ -13,7 +13,8 @@ import sys
 from dataclasses import dataclass
 
 GIB = 2**30
-CARDS = {80: 79.0, 48: 44.0, 24: 22.0}  # GB as sold -> GiB that a process sees on the least of them
+# GB as sold -> GiB, rounded down, that PyTorch finds on the lesser cards: H100, L40S, A10
+CARDS = {80: 79.0, 48: 44.0, 24: 22.0}
 # GiB: the engine's activations and logits. A guess; vLLM runs 1,024 sequences at once on 80 GB, 256
 # on less
 ENGINE_WORK = {80: 4.0, 48: 2.0, 24: 2.0}
