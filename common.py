@@ -87,17 +87,27 @@ def sleeps(engine) -> bool:
 def weights_stay(engine, args) -> bool:
     """May the engine's weights stay on the GPU while the trainer works, so that none is copied?
 
-    Yes, if they and the trainer's state leave 40% of the card for one micro-batch. The state is
-    float32 weights, gradients and AdamW's two moments, 16 bytes a parameter over the ranks.
-    benchmark/hardware.py has the same rule. vLLM has only been able to do this since 0.32.
+    Yes, if they leave room for the trainer's state (float32 weights, gradients and two moments over
+    the ranks), one micro-batch, embedding and head, 3 GiB, and a tenth of the card to spare.
+    benchmark/hardware.py has this rule too, beside the exact terms. vLLM can do it since 0.32.
     """
     if not hasattr(engine, "release_kv_cache_memory"):
         return False
     parameters = engine.collective_rpc(lambda worker: list(worker.get_model().parameters()))[0]
-    held = sum(p.nbytes for p in parameters)
+    config, itemsize = engine.llm_engine.model_config.hf_config, parameters[0].itemsize
     count = sum(p.numel() for p in parameters) * args.tensor_parallel_size
     state = 0 if args.cpu_offload else 16 * count / dist.get_world_size()
-    return held + state <= 0.6 * torch.cuda.mem_get_info()[1]
+    kept = 8 * config.intermediate_size + 28 * config.hidden_size  # bytes a token and layer, bf16
+    layers = config.num_hidden_layers
+    if args.gradient_checkpointing:  # every layer's input, and one and a half layers computed anew
+        per_token = 2 * layers * config.hidden_size + 1.5 * kept
+    else:
+        per_token = layers * kept
+    longest = args.max_prompt_length + args.max_completion_length
+    batch = max(args.max_tokens_per_microbatch, longest) * per_token * itemsize / 2
+    ends = 12 * config.vocab_size * config.hidden_size
+    needed = sum(p.nbytes for p in parameters) + state + batch + ends + 3 * 2**30
+    return needed <= 0.9 * torch.cuda.mem_get_info()[1]
 
 
 def sleep(engine, args) -> None:

@@ -9,11 +9,12 @@ its own main() runs, in as many processes as it starts by itself.
 
 The report holds step_seconds (whole steps by the wall clock), steps (the lines of metrics.jsonl),
 prompt_tokens (the lengths of each step's prompts), prefix_tokens (what they all begin with, if the
-update computes it once), new_tokens, model (the folder it began from),
-peak_gib (resident memory of all processes together), engine_calls (seconds of each generate, and on
-a GPU of each sleep and wake_up, with the memory in use before and after) and matmul_flops, the
-FLOP/s of this machine's best matrix product in --dtype, measured by every rank at the end of the
-run, and added up. The run's own output is thrown away, unless --output-dir names a folder.
+update computes it once), new_tokens, model (the folder it began from), peak_gib (resident memory of
+all processes together), engine_calls (seconds of each generate, and on a GPU of each sleep and
+wake_up, with the memory in use before and after), update_gib (memory in use at the end of each
+update, on a GPU) and matmul_flops, the FLOP/s of this machine's best matrix product in --dtype,
+measured by every rank at the end of the run, and added up. The run's own output is thrown away,
+unless --output-dir names a folder.
 """
 
 import argparse
@@ -63,21 +64,24 @@ def note_calls(engine, name: str, calls: list[dict]) -> None:
     setattr(engine, name, noted)
 
 
-def hold_fixed(new_tokens: int, marks: list, prompts: list, prefixes: list, calls: list) -> None:
+def hold_fixed(
+    new_tokens: int, marks: list, prompts: list, prefixes: list, calls: list, updates: list
+) -> None:
     """Fix lengths and rewards in this process, and fill the lists, of a step or call each.
 
     Args:
         marks: begin and end; prompts: their lengths; prefixes: length of what they share; calls:
-            of the engine.
+            of the engine; updates: used GiB before the gradient is clipped, caches still full.
     """
     make_engine, rollout, verify = common.make_engine, common.rollout, common.verify
-    split_prefix = common.split_prefix
+    split_prefix, clip_gradients = common.split_prefix, common.clip_gradients
     timer, stop_if_asked = harness.timer, harness.stop_if_asked
 
     def fixed_engine(*rest):
         engine = make_engine(*rest)
-        for name in ("generate", "sleep", "wake_up"):
-            note_calls(engine, name, calls)
+        for name in ("generate", "sleep", "release_kv_cache_memory", "wake_up"):
+            if hasattr(engine, name):  # vLLM 0.25 has no release
+                note_calls(engine, name, calls)
         generate = engine.generate
 
         def fixed_generate(prompts, params, **options):
@@ -97,6 +101,10 @@ def hold_fixed(new_tokens: int, marks: list, prompts: list, prefixes: list, call
         prefixes.append(len(prefix))
         return prefix, contexts
 
+    def noted_clip(*rest):
+        updates.append(used_gib())
+        return clip_gradients(*rest)
+
     def fixed_verify(samples, *rest):
         counts = verify(samples, *rest)
         for sample in samples:
@@ -113,16 +121,21 @@ def hold_fixed(new_tokens: int, marks: list, prompts: list, prefixes: list, call
         marks[-1].append(time.perf_counter())
 
     common.make_engine, common.rollout, common.verify = fixed_engine, noted_rollout, fixed_verify
-    common.split_prefix = noted_prefix
+    common.split_prefix, common.clip_gradients = noted_prefix, noted_clip
     harness.timer, harness.stop_if_asked = marked_timer, marked_stop
 
 
 def matmul_flops(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of the fastest of some square matrix products, the best of ten tries each."""
-    best = 0.0
-    for n in (2048, 4096) if device.type == "cpu" else (4096, 8192, 16384):
+    """FLOP/s of the fastest of some square matrix products, the best of ten tries each.
+
+    No try begins after 20 s: a CPU may have no instructions for bfloat16.
+    """
+    best, until = 0.0, time.perf_counter() + 20
+    for n in (1024, 2048, 4096) if device.type == "cpu" else (4096, 8192, 16384):
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
         for _ in range(10):
+            if time.perf_counter() > until:
+                return best
             if device.type == "cuda":
                 torch.cuda.synchronize()
             start = time.perf_counter()
@@ -187,20 +200,15 @@ def main() -> None:
     args = harness.parse_args(script.Args)
     sys.argv = whole
 
-    if "RANK" not in os.environ:  # the launcher: its ranks run this very command
-        peak = watch_memory(os.getpid())
-        harness.launch(script.main, args)
-        report = json.loads(own.report.read_text())
-        own.report.write_text(json.dumps(report | {"peak_gib": round(peak[0], 2)}))
-        shutil.rmtree(folder)
-        return
-    marks, prompts, prefixes, calls = [], [], [], []
-    hold_fixed(own.new_tokens, marks, prompts, prefixes, calls)
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    script.main(args)
-    flops = matmul_flops(getattr(torch, args.dtype), device)
-    if rank == 0:
+    def measured_run(args) -> None:
+        marks, prompts, prefixes, calls, updates = [], [], [], [], []
+        hold_fixed(own.new_tokens, marks, prompts, prefixes, calls, updates)
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        script.main(args)
+        flops = matmul_flops(getattr(torch, args.dtype), device)
+        if rank:
+            return
         rows = (Path(args.output_dir) / "metrics.jsonl").read_text().splitlines()
         report = {
             "command": [own.script, *flags],
@@ -212,9 +220,17 @@ def main() -> None:
             "step_seconds": [end - start for start, end in marks],
             "steps": [json.loads(row) for row in rows],
             "engine_calls": calls,
+            "update_gib": updates,
             "matmul_flops": flops * world_size,
         }
         own.report.write_text(json.dumps(report))
+
+    # The launcher goes on after its ranks, which run this very command and end in launch().
+    peak = watch_memory(os.getpid()) if "RANK" not in os.environ else []
+    harness.launch(measured_run, args)
+    report = json.loads(own.report.read_text())
+    own.report.write_text(json.dumps(report | {"peak_gib": round(peak[0], 2)}))
+    shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

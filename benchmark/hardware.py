@@ -3,18 +3,22 @@
     python benchmark/hardware.py            # the table
     python benchmark/hardware.py --terms    # every term of it
 
-Nothing here is measured. All figures are per GPU, of 80 GB cards, for the scripts' default lengths
-(1024 + 8192 tokens, cut to the model's context). A GPU holds the trainer and a vLLM engine, and
-there are two peaks: in the update the engine sleeps, in the rollout the trainer's state stays.
+Nothing here is measured. All figures are per GPU, for the scripts' default lengths (1024 + 8192
+tokens, cut to the model's context). A GPU holds the trainer and a vLLM engine, and there are two
+peaks: in the rollout the trainer's state stays; in the update the engine has no KV cache, and its
+weights stay on the card or, where they do not fit, are copied to host memory: weights_stay().
 """
 
 import sys
 from dataclasses import dataclass
 
 GIB = 2**30
-GPU = 79.0  # GiB that an 80 GB card leaves to a process
-FIXED = 3.0  # GiB: CUDA context, NCCL, the engine's CUDA graphs. A guess
-ENGINE_WORK = 4.0  # GiB: the engine's activations and logits. A guess
+# GB as sold -> GiB, rounded down, that PyTorch finds on the lesser cards: H100, L40S, A10
+CARDS = {80: 79.0, 48: 44.0, 24: 22.0}
+# GiB: the engine's activations and logits. A guess; vLLM runs 1,024 sequences at once on 80 GB, 256
+# on less
+ENGINE_WORK = {80: 4.0, 48: 2.0, 24: 2.0}
+FIXED = 3.0  # GiB: CUDA context, NCCL, the engine's CUDA graphs and sampler. A guess
 SPARE = 0.1  # of the update's peak, for fragmentation. A guess
 ROLLOUT_LIMIT = 0.97  # share of the card that the rollout may fill: its parts are known in advance
 CHUNK = 2048  # tokens whose logits exist at once: common.Policy
@@ -64,6 +68,10 @@ class Shape:
     def parameters(self) -> int:
         return self.layers * self.layer + self.ends + self.hidden
 
+    def engine(self, tp: int) -> float:
+        """Bytes of the engine's weights on a rank, in bfloat16; its head is never tied."""
+        return 2 * (self.parameters + (self.vocab * self.hidden if self.tied else 0)) / tp
+
     def host(self, tp: int) -> int:
         """Bytes of pinned host memory for a sleeping rank's copy of its engine's weights.
 
@@ -89,14 +97,37 @@ class Shape:
 
 
 MODELS = {
+    "Qwen2.5-0.5B": Shape(24, 896, 4864, 14, 2, 64, 151936, True, False, 32768),
     "Qwen2.5-1.5B": Shape(28, 1536, 8960, 12, 2, 128, 151936, True, False, 131072),
     "Qwen3-4B": Shape(36, 2560, 9728, 32, 8, 128, 151936, True, True, 40960),
     "Qwen2.5-Math-7B": Shape(28, 3584, 18944, 28, 4, 128, 152064, False, False, 4096),
 }
 
 
-def update_terms(m: Shape, gpus: int, tokens: int, offload: bool) -> dict[str, float]:
-    """Bytes at the update's peak. The step has four moments of which the largest counts."""
+def weights_stay(m: Shape, gpus: int, tp: int, tokens: int, offload: bool, gib: float) -> bool:
+    """Whether the engine's weights stay on the card between rollouts, as common.py decides it.
+
+    Beside them there must be room for the trainer's state and for a micro-batch, whose memory is a
+    rougher sum here than in update_terms(): nothing but the model's config is asked.
+
+    Args:
+        gib: of the card.
+    """
+    state = 0 if offload else 16 * m.parameters / gpus
+    layer = 8 * m.intermediate + 28 * m.hidden  # bytes a token that autograd keeps of one layer
+    batch = max(tokens, m.length) * (2 * m.layers * m.hidden + 1.5 * layer)
+    ends = 12 * m.vocab * m.hidden  # embedding and head in bfloat16, and the head's gradient
+    return state + m.engine(tp) + batch + ends + FIXED * GIB <= (1 - SPARE) * gib * GIB
+
+
+def update_terms(m: Shape, gpus: int, tokens: int, offload: bool, engine: float) -> dict:
+    """Bytes at the update's peak. The step has three moments of which the largest counts.
+
+    AdamW, which comes after them, is PyTorch's fused one: it needs no more than the state.
+
+    Args:
+        engine: bytes of the engine's weights, if they stay on the card.
+    """
     # float32: weights 4, gradients 4, AdamW's two moments 8; sharded over the GPUs
     state = 0 if offload else 16 * m.parameters / gpus
     tokens = max(tokens, m.length)  # one sample alone may exceed --max-tokens-per-microbatch
@@ -113,72 +144,92 @@ def update_terms(m: Shape, gpus: int, tokens: int, offload: bool) -> dict[str, f
         "layer": gathered + 2 * head + checkpoints + (4 + 6) * m.layer + 1.5 * a_token * tokens,
         # embedding and head: bfloat16 gradients, and the float32 copy that is reduced
         "reduce": gathered + 6 * m.ends,
-        # three float32 temporaries of AdamW for the largest matrix: it goes through DTensors singly
-        "optimizer": 0 if offload else 12 * head / gpus,
     }
-    return {"state": state, **moments, "peak": state + max(moments.values()) + FIXED * GIB}
+    peak = state + engine + max(moments.values()) + FIXED * GIB
+    return {"state": state, "engine": engine, **moments, "peak": peak}
 
 
-def rollout_terms(m: Shape, gpus: int, tp: int, share: float, offload: bool) -> dict[str, float]:
+def rollout_terms(m: Shape, gpus: int, tp: int, share: float, offload: bool, card: int) -> dict:
     """Bytes during the rollout: the trainer's state stays, the engine takes its share."""
     state = 0 if offload else 12 * m.parameters / gpus  # gradients are gone
-    # The engine's head is never tied: common.make_engine
-    weights = 2 * (m.parameters + (m.vocab * m.hidden if m.tied else 0)) / tp
-    cache = share * GPU * GIB - weights - ENGINE_WORK * GIB
+    engine = share * CARDS[card] * GIB
+    cache = engine - m.engine(tp) - ENGINE_WORK[card] * GIB
     a_token = 2 * 2 * m.layers * m.kv_heads * m.head_dim / tp  # bfloat16 keys and values
     return {
         "state": state,
-        "engine": share * GPU * GIB,
-        "weights": weights,
+        "engine": engine,
+        "weights": m.engine(tp),
         "cache": cache,
         "sequences": cache / a_token / m.length,
-        "peak": state + share * GPU * GIB + FIXED * GIB,
-        "host": gpus * m.host(tp) + (m.offloaded(gpus) if offload else 0),
+        "peak": state + engine + FIXED * GIB,
     }
 
 
-def plan(m: Shape, gpus: int) -> tuple[list[str], dict, dict]:
-    """The fewest flags with which both peaks fit: smaller micro-batches first, then offloading."""
+def plan(m: Shape, gpus: int, card: int) -> tuple[list[str], bool, dict, dict]:
+    """The fewest flags with which both peaks fit: smaller micro-batches first, then offloading.
+
+    Returns:
+        flags; whether the engine's weights stay on the card; terms of the update, of the rollout.
+    """
+    gib = CARDS[card]
     for tokens, offload in ((DEFAULT_TOKENS, False), (8192, False), (OFFLOAD_TOKENS, True)):
-        update = update_terms(m, gpus, tokens, offload)
+        stay = weights_stay(m, gpus, 1, tokens, offload, gib)
+        update = update_terms(m, gpus, tokens, offload, m.engine(1) if stay else 0)
         state = 0 if offload else 12 * m.parameters / gpus / GIB
-        free = ROLLOUT_LIMIT * GPU - FIXED - state
-        share = min(DEFAULT_UTILIZATION, int(free / GPU * 20) / 20)  # in steps of 0.05
-        rollout = rollout_terms(m, gpus, 1, share, offload)
-        if update["peak"] * (1 + SPARE) < GPU * GIB and rollout["sequences"] >= KV_SEQUENCES:
+        free = ROLLOUT_LIMIT * gib - FIXED - state
+        share = min(DEFAULT_UTILIZATION, int(free / gib * 20) / 20)  # in steps of 0.05
+        rollout = rollout_terms(m, gpus, 1, share, offload, card)
+        if update["peak"] * (1 + SPARE) < gib * GIB and rollout["sequences"] >= KV_SEQUENCES:
             break
+    copies = 0 if stay else gpus * m.host(1)
+    rollout["host"] = copies + (m.offloaded(gpus) if offload else 0)
     flags = ["--cpu-offload"] if offload else []
     if share != DEFAULT_UTILIZATION:
         flags.append(f"--gpu-memory-utilization {share:.2g}")
     if tokens != DEFAULT_TOKENS:
         flags.append(f"--max-tokens-per-microbatch {tokens}")
-    return flags, update, rollout
+    return flags, stay, update, rollout
+
+
+# Card, model and numbers of GPUs of the table's rows
+ROWS = [
+    (24, "Qwen2.5-0.5B", (1, 2)),
+    (24, "Qwen2.5-1.5B", (1, 2, 4)),
+    (48, "Qwen2.5-0.5B", (1,)),
+    (48, "Qwen2.5-1.5B", (1, 2)),
+    (80, "Qwen2.5-1.5B", (1, 2, 4, 8)),
+    (80, "Qwen3-4B", (1, 2, 4, 8)),
+    (80, "Qwen2.5-Math-7B", (1, 2, 4, 8)),
+]
 
 
 def table() -> str:
-    """Markdown: a row for each model and number of GPUs."""
+    """Markdown: a row for each card, model and number of GPUs."""
     lines = [
-        "| model (longest sequence) | GPUs | update, GiB | rollout, GiB | whole sequences "
-        "in the KV cache | host, GiB | flags to add |",
-        "|---|---|---|---|---|---|---|",
+        "| card | model (longest sequence) | GPUs | update, GiB | rollout, GiB | whole sequences "
+        "in the KV cache | engine's weights in the update | host, GiB | flags to add |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, m in MODELS.items():
-        for gpus in (1, 2, 4, 8):
-            flags, update, rollout = plan(m, gpus)
-            shown = f"{name} ({m.length:,})" if gpus == 1 else ""
+    for card, name, counts in ROWS:
+        m = MODELS[name]
+        for gpus in counts:
+            flags, stay, update, rollout = plan(m, gpus, card)
+            shown = f"{card} GB | {name} ({m.length:,})" if gpus == 1 else " | "
             lines.append(
                 f"| {shown} | {gpus} | {update['peak'] / GIB:.0f} | {rollout['peak'] / GIB:.0f} "
-                f"| {rollout['sequences']:.0f} | {rollout['host'] / GIB:.0f} "
+                f"| {rollout['sequences']:.0f} | {'on the card' if stay else 'in host memory'} "
+                f"| {rollout['host'] / GIB:.0f} "
                 f"| {'`' + ' '.join(flags) + '`' if flags else 'none'} |"
             )
     return "\n".join(lines)
 
 
 def print_terms() -> None:
-    for name, m in MODELS.items():
-        print(f"{name}: {m.parameters:,} parameters, {m.layer:,} a layer")
-        for gpus in (1, 2, 4, 8):
-            flags, update, rollout = plan(m, gpus)
+    for card, name, counts in ROWS:
+        m = MODELS[name]
+        print(f"{card} GB, {name}: {m.parameters:,} parameters, {m.layer:,} a layer")
+        for gpus in counts:
+            flags, _, update, rollout = plan(m, gpus, card)
             print(f"  {gpus} GPUs {' '.join(flags)}")
             for kind, terms in (("update", update), ("rollout", rollout)):
                 sequences = terms.pop("sequences", None)

@@ -10,8 +10,9 @@ update_peak_fraction (FLOPs of forward and backward, as benchmark/flops.py count
 update's seconds and the best matrix product of the same run; what is computed twice counts once),
 sync_share, and other_share, all that is neither rollout nor update, by the wall clock;
 generate_tokens_per_s, of the engine's generate alone. With --peak, update_mfu: the same FLOPs by
-the update's seconds and that peak. On a GPU also the memory in use before and after the last sleep,
-and before and after the weights and the KV cache woke.
+the update's seconds and that peak. On a GPU also the memory in use at the end of the last rollout
+and update (benchmark/hardware.py's two peaks), before and after the last sleep, and before and
+after the weights and the KV cache woke.
 """
 
 import json
@@ -76,6 +77,7 @@ def engine_figures(report: dict) -> dict:
         if call["call"] == "generate" or moved > 0.01:  # waking what is awake moves nothing
             last["_".join([call["call"], *(call["tags"] or [])])] = call
     generate = last.pop("generate")
+    result["rollout_gib"], result["update_gib"] = generate["after_gib"], report["update_gib"][-1]
     result["generate_tokens_per_s"] = round(generate["tokens"] / generate["seconds"])
     for name, call in last.items():
         result[f"{name}_gib"] = [round(call["before_gib"], 2), round(call["after_gib"], 2)]

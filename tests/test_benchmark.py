@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from benchmark import hardware  # noqa: E402
 
 
 def last_line(*command: str) -> dict:
@@ -37,6 +39,15 @@ def test_step_breakdown(script):
     assert result["rollout_tokens_per_s"] > 0 and result["peak_gib"] > 0
 
 
+def test_checks(tmp_path):
+    """Every step's weights reach the engine, and the canary would see others."""
+    flags = "--preset lab --num-steps 2 --eval-every 0 --advantage sign --num-prompts 2 "
+    flags += "--num-generations 4 --max-completion-length 16"
+    result = last_line("gpu_parts.py", "checks", f"--folder={tmp_path / 'run'}", f"--flags={flags}")
+    assert result["syncs"] == 3 and not result["check_failures"]
+    assert max(result["check_gaps"]) < 1e-3 < min(result["check_stale_gaps"])
+
+
 def test_memory():
     """Full logits of 32,000 words need more memory than ours, even for few tokens."""
     flags = "--vocabs 32000 --tokens 4096 --hidden 64 --layers 1 --repeats 1".split()
@@ -44,3 +55,17 @@ def test_memory():
     peaks = {point["head"]: point["peak_gib"] for point in points}
     assert set(peaks) == {"chunked", "log_softmax", "cross_entropy"}
     assert peaks["chunked"] < min(peaks["log_softmax"], peaks["cross_entropy"])
+
+
+@pytest.mark.parametrize("name", hardware.MODELS)
+def test_weights_stay_only_where_they_fit(name):
+    """The rule asks for no less than the update's own terms."""
+    m = hardware.MODELS[name]
+    for card, gib in hardware.CARDS.items():
+        for gpus in (1, 2, 4, 8):
+            for tokens in (8192, 16384, 65536):
+                for offload in (False, True):
+                    if hardware.weights_stay(m, gpus, 1, tokens, offload, gib):
+                        update = hardware.update_terms(m, gpus, tokens, offload, m.engine(1))
+                        assert update["peak"] * (1 + hardware.SPARE) < gib * hardware.GIB
+    assert hardware.plan(m, 8, 80)[1]
