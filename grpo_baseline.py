@@ -268,9 +268,7 @@ def main(args: Args) -> None:
         warn(metrics)
         save = args.save_every and step % args.save_every == 0
         if save or step in (1, args.num_steps):
-            harness.save_completions(
-                folder, step, problems, samples, A, args.num_generations, tokenizer
-            )
+            harness.save_completions(folder, step, prompts, samples, A, in_loss, tokenizer)
         if save:  # after the log: what a resumed run begins from has its line in metrics.jsonl
             harness.save_checkpoint(folder, step, policy, optimizer, args)
         harness.stop_if_asked(folder, step, policy, optimizer, args, engine, verifier, say)

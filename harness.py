@@ -486,8 +486,11 @@ def make_logger(folder: Path, args):
     return log
 
 
-def save_completions(folder: Path, step: int, problems, samples, A, num_generations, tokenizer):
-    """completions/step_*.parquet: one row a sample (rank 0)."""
+def save_completions(folder: Path, step: int, prompts, samples, A, in_loss, tokenizer) -> None:
+    """completions/step_*.parquet: one row a sample (rank 0), from which the step can be replayed.
+
+    logprobs are the sampler's, of each token of response_ids, which ends with the stop token.
+    """
     if dist.get_rank() != 0:
         return
     import pyarrow
@@ -495,14 +498,18 @@ def save_completions(folder: Path, step: int, problems, samples, A, num_generati
 
     rows = [
         dict(
-            prompt=tokenizer.decode(problems[s["index"] // num_generations]["prompt_ids"]),
+            prompt=tokenizer.decode(x),
             response=s["text"],
             reward=s["reward"],
             advantage=float(A[s["index"]]),
+            in_loss=bool(in_loss[s["index"]]),
             length=s["length"],
             finish_reason="length" if s["truncated"] else "stop",
+            prompt_ids=x,
+            response_ids=s["ids"].tolist(),
+            logprobs=s["logprobs"].tolist(),
         )
-        for s in samples
+        for x, s in zip(prompts, samples)
     ]
     (folder / "completions").mkdir(exist_ok=True)
     path = folder / "completions" / f"step_{step:06d}.parquet"
@@ -512,7 +519,6 @@ def save_completions(folder: Path, step: int, problems, samples, A, num_generati
 def save_model(folder: Path, policy, config, tokenizer, path: str, dtype: torch.dtype) -> None:
     """model/: a Hugging Face checkpoint, gathered one parameter at a time into rank 0's memory."""
     from huggingface_hub import save_torch_state_dict
-    from transformers import GenerationConfig
 
     device = "cuda" if torch.cuda.is_available() else "cpu"  # offloaded shards travel by the GPU
     state = {}
@@ -524,13 +530,20 @@ def save_model(folder: Path, policy, config, tokenizer, path: str, dtype: torch.
         out = folder / "model"
         out.mkdir(exist_ok=True)
         save_torch_state_dict(state, out)
-        config.dtype = dtype
-        config.architectures = [type(policy.lm).__name__]
-        config.save_pretrained(out)
-        tokenizer.save_pretrained(out)
-        if (Path(path) / "generation_config.json").exists():
-            GenerationConfig.from_pretrained(path).save_pretrained(out)
+        save_config(out, config, type(policy.lm).__name__, tokenizer, path, dtype)
     wait_for_all()
+
+
+def save_config(out: Path, config, architecture: str, tokenizer, path: str, dtype) -> None:
+    """What a Hugging Face folder holds beside the weights; `path` is that of the first model."""
+    from transformers import GenerationConfig
+
+    config.dtype = dtype
+    config.architectures = [architecture]
+    config.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    if (Path(path) / "generation_config.json").exists():
+        GenerationConfig.from_pretrained(path).save_pretrained(out)
 
 
 def timer():

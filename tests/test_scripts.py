@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import save_tiny_model
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import inputs
@@ -88,8 +89,14 @@ def test_outputs_are_complete(runs, script):
     assert [row["phase"] for row in rows[1:]] == phases.get(script, ["pretrain"] * 3)
 
     table = pyarrow.parquet.read_table(folder / "completions" / "step_000001.parquet")
-    wanted = {"prompt", "response", "reward", "advantage", "length", "finish_reason"}
+    wanted = {"prompt", "response", "reward", "advantage", "length", "finish_reason", "in_loss"}
+    wanted |= {"prompt_ids", "response_ids", "logprobs"}
     assert table.num_rows == 32 and set(table.column_names) == wanted
+    for sample in table.to_pylist():
+        assert sample["length"] == len(sample["response_ids"]) == len(sample["logprobs"])
+    counted = [s["length"] for s in table.to_pylist() if s["in_loss"]]
+    assert rows[1]["policy/counted_samples"] == len(counted)
+    assert rows[1]["policy/counted_tokens"] == sum(counted)
     assert json.loads((folder / "args.json").read_text())["num_steps"] == 3
     assert list(folder.glob("events.out.tfevents*"))
     assert (folder / "checkpoints" / "step_000002").is_dir()
@@ -103,6 +110,29 @@ def test_outputs_are_complete(runs, script):
     assert len(lines) == 4, output
     assert "a response ends at <eos>\n" in output and "a prompt ends in 'Q " in output
     assert "WARNING" not in output and "Traceback" not in output and "failed" not in output
+
+
+def test_a_checkpoint_becomes_a_model(runs, tmp_path):
+    """export.py on the checkpoint of step 2: the weights that a run of 2 steps leaves."""
+    folder = runs[0]["grpo_baseline"]
+    checkpoint = folder / "checkpoints" / "step_000002"
+    command = [sys.executable, "export.py", "--checkpoint", str(checkpoint), "--output-dir"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "model")], cwd=ROOT, text=True, capture_output=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    dcp_to_torch_save(checkpoint, tmp_path / "all.pt")
+    saved = torch.load(tmp_path / "all.pt", weights_only=False)["model"]
+    exported = weights(tmp_path)
+    assert exported.keys() == weights(folder).keys()
+    assert all(torch.equal(w, saved[f"lm.{name}"]) for name, w in exported.items())
+    assert not same(exported, weights(folder))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert torch.equal(model.model.norm.weight, exported["model.norm.weight"])
+    again = subprocess.run(
+        [*command, str(tmp_path / "model")], cwd=ROOT, text=True, capture_output=True, timeout=300
+    )
+    assert again.returncode == 2 and "is not empty" in again.stderr
 
 
 def test_negatives_only(runs):
