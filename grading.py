@@ -9,28 +9,48 @@ import multiprocessing
 import os
 import re
 import resource
+import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import answers
+
+BOXES = re.compile(
+    r"\\(?:boxed|fbox)\s{0,9}(?:\{|(?P<word>(?<=\s)[^\s{}$]+|[0-9][^\s{}$]*))|"
+    r"\\\\(?=[{}])|\\[{}]|\{|\}"
+)
 INTEGER = re.compile(r"-?[0-9]{1,15}")
 MEMORY = 1 << 30  # bytes a worker may take for an answer
+WAIT = 20  # seconds, and times --verify-timeout: when a worker that got no CPU time is given up
 LONGEST = 1000  # characters; no answer is longer, and parsing time grows fast
 
 
 def last_boxed(text: str) -> str | None:
-    r"""The content of the last \boxed{...} whose braces close, None if there is none.
+    r"""The content of the last \boxed that closes and holds something, "" if all are empty.
+
+    \fbox counts as well, and \boxed without braces takes the next word. None if there is no box.
 
     >>> last_boxed(r"\boxed{1} so \boxed{\frac{1}{2}}"), last_boxed(r"\boxed{1")
     ('\\frac{1}{2}', None)
+    >>> last_boxed(r"\boxed 5."), last_boxed(r"\boxed {5} \boxed{}")
+    ('5', '5')
+    >>> last_boxed(r"\boxed{4} \boxed{\left\{ x \right.}")
+    '\\left\\{ x \\right.'
     """
     found, opened = None, []  # opened: where each open brace's content starts, or None
-    for match in re.finditer(r"\\boxed\{|\{|\}", text):
-        if match[0] != "}":
-            opened.append(match.end() if match[0] != "{" else None)
-        elif opened:
+    for match in BOXES.finditer(text):
+        if match["word"]:
+            word = match["word"].rstrip(".,;:")
+            found = (match.start("word"), match.start("word") + len(word)) if word else found
+        elif match[0] == "}" and opened:
             start = opened.pop()
-            if start is not None and (found is None or start > found[0]):
-                found = start, match.start()
+            if start is not None and text[start : match.start()].strip():
+                found = max(found or (0, 0), (start, match.start()))
+            elif start is not None:
+                found = found or (start, start)
+        elif match[0][-1] == "{" and match[0] != "\\{":
+            opened.append(match.end() if len(match[0]) > 1 else None)
     return text[found[0] : found[1]].strip() if found else None
 
 
@@ -40,6 +60,7 @@ def start_worker() -> None:
     limit = pages * resource.getpagesize() + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # judge's timer: it ends the process
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
@@ -57,23 +78,100 @@ def start_verifier():
     # A worker imports its parent's main module, the script with its torch, unless told another.
     sys.modules["__main__"].__spec__ = sys.modules[__name__].__spec__
     pool = ProcessPool(max_workers=workers, context=context, initializer=start_worker)
-    pool.schedule(math_verify_equal, args=("1", "1")).result()
+    pool.schedule(math_verify_equal, args=("1/2", "0.5+x")).result()
     return pool
 
 
-def math_verify_equal(answer: str, gold: str) -> bool:
-    """Are two LaTeX answers mathematically equal? Runs in a verifier process."""
-    from math_verify import LatexExtractionConfig, parse, verify
+def judge(answer: str, gold: str, seconds: float) -> bool:
+    """One verdict. The kernel kills this worker when it has computed for `seconds`.
 
-    config = [LatexExtractionConfig(boxed_match_priority=0)]
-    # No time-outs of its own: they need signals. The pool's deadline is the hard one.
-    gold_parsed, answer_parsed = (
-        parse(f"\\boxed{{{text}}}", extraction_config=config, parsing_timeout=None)
-        for text in (gold, answer)
-    )
-    if not gold_parsed or not answer_parsed:
+    It counts the process's own time, so that the verdict does not depend on what else the machine
+    does. A signal with Python's handler would wait for the end of a long multiplication.
+    """
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        return math_verify_equal(answer, gold)
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def math_verify_equal(answer: str, gold: str) -> bool:
+    """Does an answer say the same as the reference? Runs in a verifier process.
+
+    The outer shape (list, interval, unit, base, ...) is read by the rules of answers.py. Plain
+    expressions inside it are compared by math-verify.
+    """
+    return answers.equal(answer, gold, same_expression)
+
+
+def same_expression(answer: str, gold: str) -> bool:
+    """Are two expressions or equations equal, by math-verify's algebra?"""
+    from math_verify import verify
+
+    first, second = read_expression(answer), read_expression(gold)
+    if first is None or second is None:
         return False
-    return bool(verify(gold_parsed, answer_parsed, timeout_seconds=None))
+    # No time-outs of its own: they need signals. The worker's timer is the hard one.
+    equal = verify(second, first, timeout_seconds=None, float_rounding=30, numeric_precision=30)
+    return bool(equal) and not differ(first, second)
+
+
+def read_expression(text: str):
+    """LaTeX as a sympy object; None if it cannot be read.
+
+    Decimals are exact, i is the imaginary unit however it is spaced, and variables are real.
+    """
+    import sympy
+    from math_verify import LatexExtractionConfig, parse
+
+    config = LatexExtractionConfig(boxed_match_priority=0)
+    # Its removal of units takes " b" from "a + b"; answers.py has read them already.
+    config = replace(config, normalization_config=replace(config.normalization_config, units=False))
+    parsed = parse(f"\\boxed{{{text}}}", extraction_config=[config], parsing_timeout=None)
+    if not parsed or isinstance(parsed[0], str):
+        return None
+    parsed = parsed[0]
+    try:
+        names = {s: sympy.Symbol(s.name, real=True) for s in parsed.atoms(sympy.Symbol)}
+        names |= {s: sympy.I for s in names if s.name == "i"}
+        floats = {f: sympy.Rational(str(f)) for f in parsed.atoms(sympy.Float)}
+        return parsed.xreplace(names | floats)
+    except Exception:  # a sum over i
+        return parsed
+
+
+def differ(first, second) -> bool:
+    """Do two expressions that math-verify finds equal have different values after all?
+
+    It compares with an absolute tolerance: 2^-98 equals 2^-99 there.
+    """
+    import sympy
+
+    if not all(isinstance(e, sympy.Expr) for e in (first, second)):
+        return False
+    try:
+        names = sorted(first.free_symbols | second.free_symbols, key=str)
+        values = {name: sympy.Rational(7 + 3 * i, 5) for i, name in enumerate(names)}
+        first, second = first.xreplace(values).doit(), second.xreplace(values).doit()
+        if first == second:
+            return False
+        if first.is_Rational and second.is_Rational:
+            return True
+        size = abs(second.evalf(20))
+        return bool(abs((first - second).evalf(20)) > size * sympy.Rational(1, 10**15))
+    except Exception:
+        return False  # functions without a value
+
+
+def submit(pool, answer: str, gold: str, args):
+    """A verdict to come, within --verify-timeout of the worker's CPU time."""
+    seconds = args.verify_timeout
+    return pool.schedule(judge, args=(answer, gold, seconds), timeout=WAIT + WAIT * seconds)
+
+
+def out_of_time(error: Exception) -> bool:
+    """Was the worker ended by its timer or, as a last resort, by the pool's?"""
+    return isinstance(error, TimeoutError) or getattr(error, "exitcode", 0) == -signal.SIGPROF
 
 
 def verify(pool, texts: list[str], golds: list[str], args) -> tuple[list[float], int, int]:
@@ -85,25 +183,26 @@ def verify(pool, texts: list[str], golds: list[str], args) -> tuple[list[float],
     pairs = [(last_boxed(text), gold.strip()) for text, gold in zip(texts, golds)]
     verdicts, futures = {}, {}
     for answer, gold in set(pairs):
-        if answer is None or len(answer) > LONGEST:
+        if not answer or len(answer) > LONGEST:
             verdicts[answer, gold] = False
-        elif answer == gold or args.grader == "boxed-string":
-            verdicts[answer, gold] = answer == gold
+        elif args.grader == "boxed-string":
+            given = answers.bare_string(answer)
+            golds_ = map(answers.bare_string, answers.references(gold))
+            verdicts[answer, gold] = given in golds_
+        elif answer == gold:
+            verdicts[answer, gold] = True
         elif INTEGER.fullmatch(answer) and INTEGER.fullmatch(gold):
             verdicts[answer, gold] = int(answer) == int(gold)
         else:
-            futures[answer, gold] = pool.schedule(
-                math_verify_equal, args=(answer, gold), timeout=args.verify_timeout
-            )
+            futures[answer, gold] = submit(pool, answer, gold, args)
     timeouts = errors = 0
     for pair, future in futures.items():
         verdicts[pair] = False
         try:
             verdicts[pair] = future.result()
-        except TimeoutError:
-            timeouts += 1
-        except Exception:
-            errors += 1
+        except Exception as error:
+            timeouts += out_of_time(error)
+            errors += not out_of_time(error)
     return [float(verdicts[pair]) for pair in pairs], timeouts, errors
 
 
