@@ -25,7 +25,7 @@ CHARACTERS = {
     "％": "%", "，": ",", "：": ":", "（": "(", "）": ")", "∅": r"\emptyset ", "∶": ":",
     "½": r"\frac{1}{2}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "¼": r"\frac{1}{4}",
     "¾": r"\frac{3}{4}", "⅕": r"\frac{1}{5}", "⅛": r"\frac{1}{8}", "\u200b": "", "\ufeff": "",
-    "\u2060": "", "¢": r"\text{cents}", "€": r"\text{euros}", "£": r"\text{pounds sterling}",
+    "\u2060": "", "¢": r"\text{cents}", "€": r"\text{euro}", "£": r"\text{pound sterling}",
 }  # fmt: skip
 CHARACTERS = str.maketrans(CHARACTERS)
 RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ", "0123456789-+n")
@@ -40,7 +40,9 @@ WORD_AND = r"(?:and|or|And|Or|AND|OR)"
 
 # (pattern, replacement, example, what becomes of it). They run in this order.
 RULES = [
-    (r"(?<!\\)\\!", r"", r"1,\!340", r"1,340"),
+    (r"(?<=[0-9])(?:,\s*\\[,!:;]|\\[,!:;]\s*,|\{,\})(?=[0-9]{3}(?![0-9]))", r"",
+     r"1,\,340", r"1340"),
+    (r"(?<!\\)\\!", r"", r"1\!340", r"1340"),
     (r"(?<!\\)\\phantom\s*(?:\{[^{}]*\}|\S)", r"", r"\phantom{-}1", r"1"),
     (r"(?<!\\)\\[hv]space\*?\{[^{}]*\}", r" ", r"1\hspace{2mm}2", r"1 2"),
     (rf"(?<!\\)\\(?:{SPACE})|~", r" ", r"1\,340\quad", r"1 340 "),
@@ -55,7 +57,7 @@ RULES = [
     (r"\\lbrack(?![a-zA-Z])", r"[", r"\lbrack 1", r"[ 1"),
     (r"\\rbrack(?![a-zA-Z])", r"]", r"1\rbrack", r"1]"),
     (r"\\(?:mid|[lr]?vert)(?![a-zA-Z])\s*", r"|", r"\lvert x\rvert", r"|x|"),
-    (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac", r"\dfrac12", r"\frac12"),
+    (r"\\(?:[dtc]|nice|s)frac(?![a-zA-Z])", r"\\frac", r"\dfrac12", r"\frac12"),
     (r"\\\(|\\\)", r"", r"\(5\)", r"5"),
     (r"^\s*\\\[(.*)\\\]\s*$", r"\1", r"\[5\]", r"5"),
     (r"\\(?:text)?color(?:box)?\s*(?:\[[^\]]*\])?\s*\{[^{}]*\}", r"", r"\color{red}{5}", r"{5}"),
@@ -85,7 +87,7 @@ RULES = [
     (r"(?<![a-zA-Z])(np|math|numpy)\.", r"", r"np.arcsin(10/13)", r"arcsin(10/13)"),
     (rf"(?<![a-zA-Z\\])({FUNCTIONS})(?![a-zA-Z])", r"\\\1", r"arcsin(10/13)", r"\arcsin(10/13)"),
     (r"(?<=[\w)}])\s*\*\*\s*(?=[\w({-])", r"^", r"x**2", r"x^2"),
-    (r"\^\s*\{?\s*\\circ\s*\}?|\\degrees?(?![a-zA-Z])|(?<=[0-9])\s*\\circ(?![a-zA-Z])",
+    (r"\^\s*\{?\s*\\circ\s*\}?|\\degrees?(?![a-zA-Z])|(?<=[0-9}])\s*\\(?:circ|deg)(?![a-zA-Z])",
      r"\\text{degrees}", r"30^{\circ}", r"30\text{degrees}"),
     (r"\\text\{\s*(?:percent|per cent|pct|percentage)\s*\}|(?<![a-zA-Z])percent(?![a-zA-Z])|"
      r"(?<!\\)%", r"\\%", r"12\text{ percent}", r"12\%"),
@@ -94,7 +96,7 @@ RULES = [
      r"4.5e+33", r"4.5 \times 10^{33}"),
     (r"(?<=[0-9])\.(?![0-9])(?=[^.]*\S)", r"", r"-1./3", r"-1/3"),
     (r"(?<![0-9.,])([1-9][0-9]{0,2}(?:(?:,?\s+|'|\.)[0-9]{3}){2,}|[1-9][0-9]{0,2}(?:[ ']+[0-9]{3})+)"
-     r"(?![0-9]|,[0-9])",
+     r"(?![0-9]|,[0-9]|\s*/)",
      lambda m: m[0] if ", " in m[0] else re.sub(r"[ ,'.]+", "", m[0]), r"1 332 000.5", r"1332000.5"),
     (r"(?<=\{)[1-9][0-9]{0,2}(?:,[0-9]{3})+(?=\})",
      lambda m: m[0].replace(",", ""), r"\frac{2,469}{7}", r"\frac{2469}{7}"),
@@ -122,8 +124,7 @@ def clean(text: str) -> str:
     text = re.sub("[₀₁₂₃₄₅₆₇₈₉]+", lambda m: "_{" + m[0].translate(LOWERED) + "}", text)
     text = re.sub(r"√\s*\(", "sqrt(", text).translate(CHARACTERS)
     text = re.sub(r"\s+", " ", text)
-    bold = re.fullmatch(r"\s*(\*\*|__)(.*)\1\s*", text)
-    text = bold[2] if bold else text
+    text = re.sub(r"^\s*(\*\*|__)(.*)\1\s*\.?\s*$", r"\2", text)
     if len(re.findall(r"(?<!\\)\$", text)) % 2 == 0:
         text = re.sub(r"(?<!\\)\$", "", text)
     else:
@@ -236,6 +237,7 @@ OPTION = re.compile(
     r"(?:(?:[Oo]ption|[Cc]hoice|[Aa]nswer|[Ll]etter|[Pp]art|[Ss]tatement)\s*)?"
     r"(?:\\text\{)?\s*[(\[]?\s*([A-Z])\s*[)\].:]*\s*\}?[)\].:]*"
 )
+MONEY = re.compile(r"([-+]?)\s*(?:\\\$|\\text\{(euro|pound sterling)\})\s*(?=[0-9.\\])")
 NUMERALS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
 NUMERALS = (NUMERALS + "fifteen sixteen seventeen eighteen nineteen twenty").split()
 BASED = re.compile(
@@ -553,11 +555,11 @@ def read_word(text: str) -> Shape | None:
     >>> read_word(r"\text{Two lines}").parts, read_word("CBAD").parts, read_word("2x")
     (('twolines',), ('CBAD',), None)
     """
-    flat = " ".join(re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text).split())
+    flat = " ".join(re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text).split()).strip("`'\" ")
     if not re.fullmatch(r"[a-zA-Z][\w .,;'\"/$()&-]*", flat) or not re.search("[a-zA-Z]{2}", flat):
         if not re.fullmatch("[a-zA-Z](?: [a-zA-Z])+", flat):
             return None
-    if re.search(r"_|/", flat) and not re.search("[a-zA-Z]{3}", flat):
+    if MONEY.match(text) or re.search(r"_|/", flat) and not re.search("[a-zA-Z]{3}", flat):
         return None
     letters = re.sub("[^a-zA-Z0-9]", "", flat)
     return Shape("word", (letters if letters.isupper() and len(letters) < 5 else letters.lower(),))
@@ -572,9 +574,9 @@ def read_plain(text: str) -> Shape:
     (('plain', ('5',), 'dollar'), ('plain', ('12',), '', True), 'phrase')
     """
     units = []
-    money = re.match(r"([-+]?)\s*\\\$\s*", text)
+    money = MONEY.match(text)
     if money:
-        units, text = ["dollar"], money[1] + text[money.end() :]
+        units, text = [money[2] or "dollar"], money[1] + text[money.end() :]
     text = re.sub(r"^\\text\{\s*\(?[a-zA-Z ]+\)?\s*:\s*\}", "", text).strip()
     percent = re.search(r"\s*\\%$", text)
     if percent:
@@ -724,7 +726,7 @@ def equal_to(answer: str, gold: str, same) -> bool:
     if compare(a, g, same):
         return True
     choice = re.fullmatch(r"(?:\\text\{)?\s*\(?([A-J])[).:]+\s*\}?\s*(\S.*)", answer)
-    if choice and g.kind in ("plain", "word"):
+    if choice and g.kind in ("plain", "word") and len(split(answer, f",|{AND}|{OR}")) == 1:
         letter = re.fullmatch("[A-J]", g.parts[0])
         return choice[1] == g.parts[0] if letter else compare(read(clean(choice[2])), g, same)
     return False
