@@ -4,14 +4,12 @@ Judging runs in worker processes: algebra on hostile answers may hang, eat memor
 of this may reach the run. A worker past its deadline is killed and replaced, the answer scores 0.
 """
 
-import logging
 import multiprocessing
 import os
 import re
 import resource
 import signal
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import answers
@@ -59,7 +57,6 @@ def start_worker() -> None:
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)  # judge's timer: it ends the process
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
@@ -74,11 +71,11 @@ def start_verifier():
     workers = max(1, min(8, len(os.sched_getaffinity(0)) // local))
     # Forked from a clean server: never from this process with its engine and threads.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["grading", "math_verify"])
+    context.set_forkserver_preload(["grading", "algebra"])
     # A worker imports its parent's main module, the script with its torch, unless told another.
     sys.modules["__main__"].__spec__ = sys.modules[__name__].__spec__
     pool = ProcessPool(max_workers=workers, context=context, initializer=start_worker)
-    pool.schedule(math_verify_equal, args=("1/2", "0.5+x")).result()
+    pool.schedule(math_verify_equal, args=("x", "x+1")).result()
     return pool
 
 
@@ -99,68 +96,11 @@ def math_verify_equal(answer: str, gold: str) -> bool:
     """Does an answer say the same as the reference? Runs in a verifier process.
 
     The outer shape (list, interval, unit, base, ...) is read by the rules of answers.py. Plain
-    expressions inside it are compared by math-verify.
+    expressions inside it are compared by math-verify (algebra.py).
     """
+    from algebra import same_expression
+
     return answers.equal(answer, gold, same_expression)
-
-
-def same_expression(answer: str, gold: str) -> bool:
-    """Are two expressions or equations equal, by math-verify's algebra?"""
-    from math_verify import verify
-
-    first, second = read_expression(answer), read_expression(gold)
-    if first is None or second is None:
-        return False
-    # No time-outs of its own: they need signals. The worker's timer is the hard one.
-    equal = verify(second, first, timeout_seconds=None, float_rounding=30, numeric_precision=30)
-    return bool(equal) and not differ(first, second)
-
-
-def read_expression(text: str):
-    """LaTeX as a sympy object; None if it cannot be read.
-
-    Decimals are exact, i is the imaginary unit however it is spaced, and variables are real.
-    """
-    import sympy
-    from math_verify import LatexExtractionConfig, parse
-
-    config = LatexExtractionConfig(boxed_match_priority=0)
-    # Its removal of units takes " b" from "a + b"; answers.py has read them already.
-    config = replace(config, normalization_config=replace(config.normalization_config, units=False))
-    parsed = parse(f"\\boxed{{{text}}}", extraction_config=[config], parsing_timeout=None)
-    if not parsed or isinstance(parsed[0], str):
-        return None
-    parsed = parsed[0]
-    try:
-        names = {s: sympy.Symbol(s.name, real=True) for s in parsed.atoms(sympy.Symbol)}
-        names |= {s: sympy.I for s in names if s.name == "i"}
-        floats = {f: sympy.Rational(str(f)) for f in parsed.atoms(sympy.Float)}
-        return parsed.xreplace(names | floats)
-    except Exception:  # a sum over i
-        return parsed
-
-
-def differ(first, second) -> bool:
-    """Do two expressions that math-verify finds equal have different values after all?
-
-    It compares with an absolute tolerance: 2^-98 equals 2^-99 there.
-    """
-    import sympy
-
-    if not all(isinstance(e, sympy.Expr) for e in (first, second)):
-        return False
-    try:
-        names = sorted(first.free_symbols | second.free_symbols, key=str)
-        values = {name: sympy.Rational(7 + 3 * i, 5) for i, name in enumerate(names)}
-        first, second = first.xreplace(values).doit(), second.xreplace(values).doit()
-        if first == second:
-            return False
-        if first.is_Rational and second.is_Rational:
-            return True
-        size = abs(second.evalf(20))
-        return bool(abs((first - second).evalf(20)) > size * sympy.Rational(1, 10**15))
-    except Exception:
-        return False  # functions without a value
 
 
 def submit(pool, answer: str, gold: str, args):
@@ -186,9 +126,8 @@ def verify(pool, texts: list[str], golds: list[str], args) -> tuple[list[float],
         if not answer or len(answer) > LONGEST:
             verdicts[answer, gold] = False
         elif args.grader == "boxed-string":
-            given = answers.bare_string(answer)
-            golds_ = map(answers.bare_string, answers.references(gold))
-            verdicts[answer, gold] = given in golds_
+            wanted = [answers.bare_string(one) for one in answers.references(gold)]
+            verdicts[answer, gold] = answers.bare_string(answer) in wanted
         elif answer == gold:
             verdicts[answer, gold] = True
         elif INTEGER.fullmatch(answer) and INTEGER.fullmatch(gold):
@@ -206,23 +145,36 @@ def verify(pool, texts: list[str], golds: list[str], args) -> tuple[list[float],
     return [float(verdicts[pair]) for pair in pairs], timeouts, errors
 
 
-def bad_golds(pool, golds: list[str], args) -> list[int]:
-    """Indices of the gold answers that the grader does not find equal to themselves.
+def judge_gold(gold: str, seconds: float) -> bool:
+    """Does a usual form of a reference answer meet it? Runs in a verifier process, as judge."""
+    from algebra import same_value
 
-    These are the ones it cannot parse (or not within --verify-timeout). With --grader boxed-string
-    only empty ones.
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        return answers.meets_itself(gold, same_value)
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def bad_golds(pool, golds: list[str], args) -> list[int]:
+    """Indices of the reference answers that no usual form of themselves meets.
+
+    Each is written again as a model would write it, and that is judged against it: a reference
+    that is broken equals itself as a string, but no answer. With --grader boxed-string only empty
+    ones are bad.
     """
+    wait = WAIT + WAIT * args.verify_timeout
     futures = {
-        gold: pool.schedule(math_verify_equal, args=(gold, gold), timeout=args.verify_timeout)
+        gold: pool.schedule(judge_gold, args=(gold, args.verify_timeout), timeout=wait)
         for gold in {gold.strip() for gold in golds}
         if args.grader == "math-verify" and gold and not INTEGER.fullmatch(gold)
     }
     bad = {""}
     for gold, future in futures.items():
         try:
-            equal = future.result()
+            met = future.result()
         except Exception:
-            equal = False
-        if not equal:
+            met = False
+        if not met:
             bad.add(gold)
     return [i for i, gold in enumerate(golds) if gold.strip() in bad]
