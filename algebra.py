@@ -6,6 +6,7 @@ than most verdicts. The processes are forked from one that has done this once (g
 
 import logging
 from dataclasses import replace
+from functools import lru_cache
 
 import sympy
 from math_verify import LatexExtractionConfig, parse, verify
@@ -33,6 +34,7 @@ def same_value(answer: str, gold: str) -> bool:
     return bool(equal) and not differ(first, second)
 
 
+@lru_cache(64)  # a reference is judged against several responses
 def read_expression(text: str):
     """LaTeX as a sympy object; None if it cannot be read.
 

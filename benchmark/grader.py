@@ -1,6 +1,6 @@
 r"""Graders side by side on equal forms and near misses of MATH's reference answers.
 
-    python benchmark/grader.py
+    python benchmark/grader.py [SET ...]
 
 For each grader and each set of cases: the share of equal forms that it rejects, of near misses that
 it accepts, and the CPU time of an answer, in one process. The table goes to docs/evaluation.md.
@@ -103,17 +103,25 @@ def sets() -> dict[str, tuple[list, list]]:
                 for kind, g, a in grading_forms.cases(table)
                 if grading_forms.held_out(kind) == wanted
             ]
-            for table in (grading_forms.EQUAL, grading_forms.WRONG)
+            for t in (grading_forms.EQUAL, grading_forms.WRONG)
         )
+    for name, pair in (
+        ("fractions", (r"\frac{{{0}}}{{7}}", "{0}/7")),
+        ("sums", (r"{0}\sqrt{{3}}+x^2", r"x^2+{0}\sqrt{{3}}")),
+    ):
+        right = [tuple(side.format(i) for side in pair) for i in range(1, 101)]
+        result[name] = right, [(gold, answer) for (gold, _), (_, answer) in zip(right, right[1:])]
     return result
 
 
-def main() -> None:
+def main(names: list[str]) -> None:
     logging.disable(logging.CRITICAL)
     signal.signal(signal.SIGPROF, out_of_time)
     print("| cases | grader | equal forms rejected | near misses accepted | CPU time an answer |")
     print("|---|---|---|---|---|")
     for name, (equal, wrong) in sets().items():
+        if names and name not in names:
+            continue
         for title, grader in GRADERS.items():
             judge(grader, equal[::50])  # the parser builds its tables
             accepted, first = judge(grader, equal)
@@ -128,4 +136,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

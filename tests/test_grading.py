@@ -86,8 +86,10 @@ def test_boxed_string_is_the_authors_rule(pool):
     """Spacing, sizes, units and x= are taken off both sides; nothing is computed."""
     equal = [
         ("0.5", "\\frac{1}{2}"), ("1/2", "\\frac{1}{2}"), ("\\dfrac12", "\\frac{1}{2}"), ("5", "5"),
-        ("\\left( 1, 2 \\right)", "(1,2)"), ("12 \\text{ cm}", "12"), ("x = 7", "7"), ("90^\\circ", "90"),
-        ("50\\%", "50"), ("1,\\!000", "1,000"), ("2\\sqrt 3", "2\\sqrt{3}"), ("\\$5", "5"), (".5", "0.5"),
+        ("\\left( 1, 2 \\right)", "(1,2)"), ("12 \\text{ cm}", "12"), ("x = 7", "7"),
+        ("90^\\circ", "90"),
+        ("50\\%", "50"), ("1,\\!000", "1,000"), ("2\\sqrt 3", "2\\sqrt{3}"), ("\\$5", "5"),
+        (".5", "0.5"),
         ("\\begin{pmatrix} 4 \\\\ -3 \\end{pmatrix}", "\\begin{pmatrix}4\\-3\\end{pmatrix}"),
     ]  # fmt: skip
     wrong = [
@@ -155,7 +157,8 @@ def test_conventions(pool):
     accepted = [
         ("0.375", "\\frac{3}{8}"), ("37.5\\%", "0.375"), ("50", "50\\%"), ("0.5", "50\\%"),
         ("\\approx 7", "7"), ("\\frac{1}{3} \\approx 0.33", "\\frac{1}{3}"), ("\\pm 2", "2,-2"),
-        ("1011", "1011_2"), ("5\\text{ m}", "5"), ("5", "5\\text{ m}"), ("0.\\overline{3}", "\\frac13"),
+        ("1011", "1011_2"), ("5\\text{ m}", "5"), ("5", "5\\text{ m}"), 
+        ("0.\\overline{3}", "\\frac13"),
         ("x=2, y=3", "(2,3)"), ("y=3, x=2", "(2,3)"), ("2+3=5", "5"), ("B, A", "A,B"),
         ("5\\text{ centimeters}", "5 cm"), ("1.267650600228e30", "1.2676506002282294e+30"),
         ("a + b + c", "a+b+c"), ("\\frac{5+3 i\\sqrt{7}}{2}", "\\frac{5+3i\\sqrt{7}}{2}"),
@@ -167,7 +170,8 @@ def test_conventions(pool):
         ("0.333333", "\\frac{1}{3}"), ("3.141593", "\\pi"), ("12\\%", "12"), ("C, B, A", "B,A,C"),
         ("(2,3)", "2,3"), ("\\{2,3\\}", "(2,3)"), ("5\\text{ km}", "5\\text{ m}"), ("3", "3 t"),
         ("x+1=5", "5"), ("y=2, x=3", "(2,3)"), ("\\frac{1}{2^{98}}", "\\frac{1}{2^{99}}"),
-        ("\\frac{x}{2^{98}}", "\\frac{x}{2^{99}}"), ("4", '["1/2", "3"]'), ("1/2, 3", '["1/2", "3"]'),
+        ("\\frac{x}{2^{98}}", "\\frac{x}{2^{99}}"), ("4", '["1/2", "3"]'),
+        ("1/2, 3", '["1/2", "3"]'),
         ("\\begin{pmatrix}4\\\\3\\end{pmatrix}", "\\begin{pmatrix}4\\-3\\end{pmatrix}"),
     ]  # fmt: skip
     got = rewards(pool, accepted + refused)[0]
@@ -396,10 +400,9 @@ def test_hostile_answers(pool, tmp_path):
     answers = hostile(tmp_path / "touched")
     assert len(answers) >= 300
     start = time.perf_counter()
-    got, timeouts, errors = rewards(pool, [(a, "-77777") for a in answers], timeout=0.5)
+    got, timeouts, errors = rewards(pool, [(a, "-77777") for a in answers], timeout=0.2)
     seconds = time.perf_counter() - start
-    workers = min(8, len(os.sched_getaffinity(0)))
-    assert seconds < 2 * timeouts / workers + 60, (seconds, timeouts, errors)
+    assert seconds < 240, (seconds, timeouts, errors)  # 0.2 s each of CPU time, on a busy machine
     right = [a[:60] for a, r in zip(answers, got) if r]
     assert not right
     assert not (tmp_path / "touched").exists()
