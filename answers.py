@@ -379,23 +379,27 @@ def read_rows(body: str) -> tuple:
     rows = re.split(r"\\\\|\\(?=[-0-9&])|\\cr(?![a-zA-Z])", body)
     rows = [[cell.strip() for cell in split(f"{row} ", "&")] for row in rows if row.strip()]
     width = min((len(row) for row in rows), default=0)
-    if len(rows) == 1 and width > 2 and width != 3 * (width // 3):
-        width = int((width + 1) ** 0.5 + 0.5)
-    if len(rows) == 1 and width == 3 and re.search(r"\}\s*\\|[0-9]\s*\\", rows[0][1]):
-        width = 2
+    if len(rows) == 1:  # every break lost: then it was a square
+        size = next((n for n in (2, 3, 4) if width == n * n - n + 1), 0)
+        width = size if size and len(cuts(rows[0][size - 1])) == 1 else width
     repaired = []
     for row in rows:
         while len(row) > width > 1:
-            cuts = [m.start() for m in re.finditer(r"(?<=[0-9}])\\(?:frac|sqrt)", row[width - 1])]
-            if len(cuts) != 1:
-                return ()
             cell = row[width - 1]
-            repaired.append([*row[: width - 1], cell[: cuts[0]]])
-            row = [cell[cuts[0] :], *row[width:]]
+            if len(cuts(cell)) != 1:
+                return ()
+            cut = cuts(cell)[0]
+            repaired.append([*row[: width - 1], cell[:cut]])
+            row = [cell[cut:], *row[width:]]
         repaired.append(row)
     if not repaired or any(len(row) != width for row in repaired):
         return ()
     return tuple(map(tuple, repaired))
+
+
+def cuts(cell: str) -> list[int]:
+    """Where a row may have ended in a cell: before a command that follows a number or a brace."""
+    return [m.start() for m in re.finditer(r"(?<=[0-9}])\\(?:frac|sqrt)", cell)]
 
 
 def read_order(text: str) -> Shape:
@@ -426,7 +430,7 @@ def read_order(text: str) -> Shape:
                 a = members[1]
                 found.append(("-\\infty", a, False, False))
                 low = a
-            elif len(members) == 3 and names[1] and {signs[0][-1], signs[1][-1]} in ONE_WAY:
+            elif len(members) == 3 and names[1] and one_way(signs):
                 ends = [(members[0], signs[0]), (members[2], signs[1])]
                 if signs[0] in (">", r"\ge"):
                     ends.reverse()
@@ -438,7 +442,9 @@ def read_order(text: str) -> Shape:
     return Shape("intervals", tuple(found))
 
 
-ONE_WAY = [set("<"), set(">"), set("<e"), set(">e"), set("e")]
+def one_way(signs: list[str]) -> bool:
+    """Do the signs of a chain all point the same way?"""
+    return set(signs) <= {"<", r"\le"} or set(signs) <= {">", r"\ge"}
 
 
 def read_intervals(text: str) -> Shape | None:

@@ -100,7 +100,7 @@ def sets() -> dict[str, tuple[list, list]]:
         result[name] = tuple(
             [
                 (g, a)
-                for kind, g, a in grading_forms.cases(table)
+                for kind, g, a in grading_forms.cases(t)
                 if grading_forms.held_out(kind) == wanted
             ]
             for t in (grading_forms.EQUAL, grading_forms.WRONG)
@@ -125,14 +125,15 @@ def main(names: list[str]) -> None:
         for title, grader in GRADERS.items():
             judge(grader, equal[::50])  # the parser builds its tables
             accepted, first = judge(grader, equal)
-            missed = len(equal) - accepted
+            missed, all_equal = len(equal) - accepted, len(equal)
             accepted, second = judge(grader, wrong)
-            milliseconds = 1000 * (first + second) / (len(equal) + len(wrong))
-            print(
-                f"| {name} | {title} | {missed} of {len(equal)} ({missed / len(equal):.1%}) | "
-                f"{accepted} of {len(wrong)} ({accepted / len(wrong):.1%}) | {milliseconds:.1f} ms |",
-                flush=True,
+            milliseconds = 1000 * (first + second) / (all_equal + len(wrong))
+            line = (
+                f"| {name} | {title} | {missed} of {all_equal} ({missed / all_equal:.1%}) | "
+                f"{accepted} of {len(wrong)} ({accepted / len(wrong):.1%}) | "
+                f"{milliseconds:.1f} ms |"
             )
+            print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -93,7 +93,8 @@ def test_boxed_string_is_the_authors_rule(pool):
         ("\\begin{pmatrix} 4 \\\\ -3 \\end{pmatrix}", "\\begin{pmatrix}4\\-3\\end{pmatrix}"),
     ]  # fmt: skip
     wrong = [
-        ("05", "5"), ("1000", "1,000"), ("0.25", "\\frac{1}{4}"), ("2,1", "1,2"), ("\\text{B}", "B"),
+        ("05", "5"), ("1000", "1,000"), ("0.25", "\\frac{1}{4}"), ("2,1", "1,2"),
+        ("\\text{B}", "B"),
         ("f(x)=x", "x"), ("\\frac{2}{4}", "\\frac{1}{2}"), ("6", "5"), ("12\\text{cm}", "12"),
     ]  # fmt: skip
     assert rewards(pool, equal, grader="boxed-string")[0] == [1.0] * len(equal)
