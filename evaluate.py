@@ -52,9 +52,9 @@ class Args:
     top_p: float = 1.0
     """nucleus of sampling"""
     grader: Literal["math-verify", "boxed-string"] = "math-verify"
-    """mathematical equality of the last box, or the authors' exact string match"""
+    """rules for spelling and then math-verify's algebra, or the authors' comparison of strings"""
     verify_timeout: float = 5.0
-    """seconds for one answer; after that it scores 0"""
+    """CPU seconds that verifying one answer may take; after that it scores 0"""
     max_bad_gold: float = 0.01
     """share of gold answers that the grader may fail to read (left out); more is refused"""
 

@@ -4,33 +4,51 @@ Judging runs in worker processes: algebra on hostile answers may hang, eat memor
 of this may reach the run. A worker past its deadline is killed and replaced, the answer scores 0.
 """
 
-import logging
 import multiprocessing
 import os
 import re
 import resource
+import signal
 import sys
 from pathlib import Path
 
+import answers
+
+BOXES = re.compile(
+    r"\\(?:boxed|fbox)\s{0,9}(?:\{|(?P<word>(?<=\s)[^\s{}$]+|[0-9][^\s{}$]*))|"
+    r"\\\\(?=[{}])|\\[{}]|\{|\}"
+)
 INTEGER = re.compile(r"-?[0-9]{1,15}")
 MEMORY = 1 << 30  # bytes a worker may take for an answer
+WAIT = 20  # seconds, and times --verify-timeout: when a worker that got no CPU time is given up
 LONGEST = 1000  # characters; no answer is longer, and parsing time grows fast
 
 
 def last_boxed(text: str) -> str | None:
-    r"""The content of the last \boxed{...} whose braces close, None if there is none.
+    r"""The content of the last \boxed that closes and holds something, "" if all are empty.
+
+    \fbox counts as well, and \boxed without braces takes the next word. None if there is no box.
 
     >>> last_boxed(r"\boxed{1} so \boxed{\frac{1}{2}}"), last_boxed(r"\boxed{1")
     ('\\frac{1}{2}', None)
+    >>> last_boxed(r"\boxed 5."), last_boxed(r"\boxed {5} \boxed{}")
+    ('5', '5')
+    >>> last_boxed(r"\boxed{4} \boxed{\left\{ x \right.}")
+    '\\left\\{ x \\right.'
     """
     found, opened = None, []  # opened: where each open brace's content starts, or None
-    for match in re.finditer(r"\\boxed\{|\{|\}", text):
-        if match[0] != "}":
-            opened.append(match.end() if match[0] != "{" else None)
-        elif opened:
+    for match in BOXES.finditer(text):
+        if match["word"]:
+            word = match["word"].rstrip(".,;:")
+            found = (match.start("word"), match.start("word") + len(word)) if word else found
+        elif match[0] == "}" and opened:
             start = opened.pop()
-            if start is not None and (found is None or start > found[0]):
-                found = start, match.start()
+            if start is not None and text[start : match.start()].strip():
+                found = max(found or (0, 0), (start, match.start()))
+            elif start is not None:
+                found = found or (start, start)
+        elif match[0][-1] == "{" and match[0] != "\\{":
+            opened.append(match.end() if len(match[0]) > 1 else None)
     return text[found[0] : found[1]].strip() if found else None
 
 
@@ -39,7 +57,7 @@ def start_worker() -> None:
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # judge's timer: it ends the process
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
@@ -53,27 +71,47 @@ def start_verifier():
     workers = max(1, min(8, len(os.sched_getaffinity(0)) // local))
     # Forked from a clean server: never from this process with its engine and threads.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["grading", "math_verify"])
+    context.set_forkserver_preload(["grading", "algebra"])
     # A worker imports its parent's main module, the script with its torch, unless told another.
     sys.modules["__main__"].__spec__ = sys.modules[__name__].__spec__
     pool = ProcessPool(max_workers=workers, context=context, initializer=start_worker)
-    pool.schedule(math_verify_equal, args=("1", "1")).result()
+    pool.schedule(math_verify_equal, args=("x", "x+1")).result()
     return pool
 
 
-def math_verify_equal(answer: str, gold: str) -> bool:
-    """Are two LaTeX answers mathematically equal? Runs in a verifier process."""
-    from math_verify import LatexExtractionConfig, parse, verify
+def judge(answer: str, gold: str, seconds: float) -> bool:
+    """One verdict. The kernel kills this worker when it has computed for `seconds`.
 
-    config = [LatexExtractionConfig(boxed_match_priority=0)]
-    # No time-outs of its own: they need signals. The pool's deadline is the hard one.
-    gold_parsed, answer_parsed = (
-        parse(f"\\boxed{{{text}}}", extraction_config=config, parsing_timeout=None)
-        for text in (gold, answer)
-    )
-    if not gold_parsed or not answer_parsed:
-        return False
-    return bool(verify(gold_parsed, answer_parsed, timeout_seconds=None))
+    It counts the process's own time, so that the verdict does not depend on what else the machine
+    does. A signal with Python's handler would wait for the end of a long multiplication.
+    """
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        return math_verify_equal(answer, gold)
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def math_verify_equal(answer: str, gold: str) -> bool:
+    """Does an answer say the same as the reference? Runs in a verifier process.
+
+    The outer shape (list, interval, unit, base, ...) is read by the rules of answers.py. Plain
+    expressions inside it are compared by math-verify (algebra.py).
+    """
+    from algebra import same_expression
+
+    return answers.equal(answer, gold, same_expression)
+
+
+def submit(pool, answer: str, gold: str, args):
+    """A verdict to come, within --verify-timeout of the worker's CPU time."""
+    seconds = args.verify_timeout
+    return pool.schedule(judge, args=(answer, gold, seconds), timeout=WAIT + WAIT * seconds)
+
+
+def out_of_time(error: Exception) -> bool:
+    """Was the worker ended by its timer or, as a last resort, by the pool's?"""
+    return isinstance(error, TimeoutError) or getattr(error, "exitcode", 0) == -signal.SIGPROF
 
 
 def verify(pool, texts: list[str], golds: list[str], args) -> tuple[list[float], int, int]:
@@ -85,45 +123,58 @@ def verify(pool, texts: list[str], golds: list[str], args) -> tuple[list[float],
     pairs = [(last_boxed(text), gold.strip()) for text, gold in zip(texts, golds)]
     verdicts, futures = {}, {}
     for answer, gold in set(pairs):
-        if answer is None or len(answer) > LONGEST:
+        if not answer or len(answer) > LONGEST:
             verdicts[answer, gold] = False
-        elif answer == gold or args.grader == "boxed-string":
-            verdicts[answer, gold] = answer == gold
+        elif args.grader == "boxed-string":
+            wanted = [answers.bare_string(one) for one in answers.references(gold)]
+            verdicts[answer, gold] = answers.bare_string(answer) in wanted
+        elif answer == gold:
+            verdicts[answer, gold] = True
         elif INTEGER.fullmatch(answer) and INTEGER.fullmatch(gold):
             verdicts[answer, gold] = int(answer) == int(gold)
         else:
-            futures[answer, gold] = pool.schedule(
-                math_verify_equal, args=(answer, gold), timeout=args.verify_timeout
-            )
+            futures[answer, gold] = submit(pool, answer, gold, args)
     timeouts = errors = 0
     for pair, future in futures.items():
         verdicts[pair] = False
         try:
             verdicts[pair] = future.result()
-        except TimeoutError:
-            timeouts += 1
-        except Exception:
-            errors += 1
+        except Exception as error:
+            timeouts += out_of_time(error)
+            errors += not out_of_time(error)
     return [float(verdicts[pair]) for pair in pairs], timeouts, errors
 
 
-def bad_golds(pool, golds: list[str], args) -> list[int]:
-    """Indices of the gold answers that the grader does not find equal to themselves.
+def judge_gold(gold: str, seconds: float) -> bool:
+    """Does a usual form of a reference answer meet it? Runs in a verifier process, as judge."""
+    from algebra import same_value
 
-    These are the ones it cannot parse (or not within --verify-timeout). With --grader boxed-string
-    only empty ones.
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        return answers.meets_itself(gold, same_value)
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def bad_golds(pool, golds: list[str], args) -> list[int]:
+    """Indices of the reference answers that no usual form of themselves meets.
+
+    Each is written again as a model would write it, and that is judged against it: a reference
+    that is broken equals itself as a string, but no answer. With --grader boxed-string only empty
+    ones are bad.
     """
+    wait = WAIT + WAIT * args.verify_timeout
     futures = {
-        gold: pool.schedule(math_verify_equal, args=(gold, gold), timeout=args.verify_timeout)
+        gold: pool.schedule(judge_gold, args=(gold, args.verify_timeout), timeout=wait)
         for gold in {gold.strip() for gold in golds}
         if args.grader == "math-verify" and gold and not INTEGER.fullmatch(gold)
     }
     bad = {""}
     for gold, future in futures.items():
         try:
-            equal = future.result()
+            met = future.result()
         except Exception:
-            equal = False
-        if not equal:
+            met = False
+        if not met:
             bad.add(gold)
     return [i for i, gold in enumerate(golds) if gold.strip() in bad]

@@ -164,9 +164,12 @@ def load_problems(name: str, split: str) -> list[dict]:
         graded = row.get("reward_model") or {}
         given = (row.get("final_answer"), row.get("answer"), graded.get("ground_truth"))
         answer = next((value for value in given if value not in (None, "", [])), None)
+        alternatives = isinstance(answer, list) and answer is not row.get("final_answer")
         if answer is None and isinstance(row.get("solution"), str):
             answer = grading.last_boxed(row["solution"])
-        if isinstance(answer, list):  # OlympiadBench
+        if alternatives and len(answer) > 1:  # any of them will do: see answers.references
+            answer = json.dumps([str(one) for one in answer])
+        elif isinstance(answer, list):  # OlympiadBench's final_answer: all of them together
             answer = ", ".join(map(str, answer))
         answer = "" if answer is None else str(answer).rpartition("#### ")[2]  # GSM8K's mark
         if not problem or not answer:
@@ -216,10 +219,11 @@ def encode_prompts(problems: list[dict], tokenizer, args) -> list[dict]:
 
 
 def check_golds(name: str, problems: list[dict], pool, args, at_least: int = 1) -> list[dict]:
-    """Leave out the problems whose gold answer the grader cannot read; every rank checks its part.
+    """Leave out the problems whose gold answer no usual form of itself meets.
 
-    Refuses a data set with more of them than --max-bad-gold, as against such golds every answer,
-    right or wrong, would score 0; and one in which fewer than `at_least` problems remain.
+    Every rank checks its part. Refuses a data set with more of them than --max-bad-gold, as against
+    such golds every answer, right or wrong, would score 0; and one in which fewer than `at_least`
+    problems remain.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     golds = [p["answer"] for p in problems]

@@ -1,14 +1,19 @@
 """The grader with its real pool of processes: right, wrong, awkward and hostile answers."""
 
+import doctest
+import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import grading_forms
 import pytest
 
+import answers
 import grading
 
 
@@ -61,6 +66,10 @@ def test_last_boxed():
     assert grading.last_boxed(r"\boxed{1} then \boxed{2") == "1"
     assert grading.last_boxed(r"\boxed{}") == ""
     assert grading.last_boxed("no box") is None
+    assert grading.last_boxed(r"\boxed{4} \boxed{\left\{ 5 \right.}") == r"\left\{ 5 \right."
+    assert grading.last_boxed(r"\boxed {5}.") == grading.last_boxed(r"\boxed 5.") == "5"
+    assert grading.last_boxed(r"\boxed{5} and \boxed{ }") == "5"
+    assert grading.last_boxed(r"$\boxed -5$") == "-5"
     start = time.perf_counter()
     assert grading.last_boxed("\\boxed{" * 150_000) is None
     assert grading.last_boxed("{" * 1_000_000) is None
@@ -73,9 +82,127 @@ def test_only_the_last_closed_box_counts(pool):
     assert grading.verify(pool, texts, ["5"] * 4, args)[0] == [0.0, 1.0, 0.0, 1.0]
 
 
-def test_boxed_string_is_exact(pool):
-    pairs = [("0.5", "\\frac{1}{2}"), ("05", "5"), ("5", "5")]
-    assert rewards(pool, pairs, grader="boxed-string")[0] == [0.0, 0.0, 1.0]
+def test_boxed_string_is_the_authors_rule(pool):
+    """Spacing, sizes, units and x= are taken off both sides; nothing is computed."""
+    equal = [
+        ("0.5", "\\frac{1}{2}"), ("1/2", "\\frac{1}{2}"), ("\\dfrac12", "\\frac{1}{2}"), ("5", "5"),
+        ("\\left( 1, 2 \\right)", "(1,2)"), ("12 \\text{ cm}", "12"), ("x = 7", "7"),
+        ("90^\\circ", "90"),
+        ("50\\%", "50"), ("1,\\!000", "1,000"), ("2\\sqrt 3", "2\\sqrt{3}"), ("\\$5", "5"),
+        (".5", "0.5"),
+        ("\\begin{pmatrix} 4 \\\\ -3 \\end{pmatrix}", "\\begin{pmatrix}4\\-3\\end{pmatrix}"),
+    ]  # fmt: skip
+    wrong = [
+        ("05", "5"), ("1000", "1,000"), ("0.25", "\\frac{1}{4}"), ("2,1", "1,2"),
+        ("\\text{B}", "B"),
+        ("f(x)=x", "x"), ("\\frac{2}{4}", "\\frac{1}{2}"), ("6", "5"), ("12\\text{cm}", "12"),
+    ]  # fmt: skip
+    assert rewards(pool, equal, grader="boxed-string")[0] == [1.0] * len(equal)
+    assert rewards(pool, wrong, grader="boxed-string")[0] == [0.0] * len(wrong)
+
+
+def rows(name: str) -> list[dict]:
+    text = (grading_forms.DATA / f"{name}.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def verdicts(pool):
+    """Every case of tests/data, and ours, judged at once: {(answer, gold): verdict}."""
+    pairs = [(r["answer"], r["gold"]) for n in ("equal", "wrong") for r in rows(f"grading_{n}")]
+    pairs += [(r["answer"], r["gold"]) for r in rows("grading_reports")]
+    for table in (grading_forms.EQUAL, grading_forms.WRONG):
+        pairs += [(answer, gold) for _, gold, answer in grading_forms.cases(table)]
+    got, timeouts, _ = rewards(pool, pairs, timeout=20.0)
+    assert timeouts == 0
+    return {pair: bool(verdict) for pair, verdict in zip(pairs, got)}
+
+
+def kinds(name: str) -> list[str]:
+    return list(dict.fromkeys(row["kind"] for row in rows(f"grading_{name}")))
+
+
+@pytest.mark.parametrize("kind", kinds("equal"))
+def test_equal_forms(verdicts, kind):
+    cases = [r for r in rows("grading_equal") if r["kind"] == kind]
+    assert not [r for r in cases if not verdicts[r["answer"], r["gold"]]]
+
+
+@pytest.mark.parametrize("kind", kinds("wrong"))
+def test_near_misses(verdicts, kind):
+    cases = [r for r in rows("grading_wrong") if r["kind"] == kind]
+    assert not [r for r in cases if verdicts[r["answer"], r["gold"]]]
+
+
+def test_reports(verdicts):
+    """Public bug reports. "?" is a matter of convention: see docs/evaluation.md."""
+    wrong = [
+        row
+        for row in rows("grading_reports")
+        if row["expected"] != "?" and verdicts[row["answer"], row["gold"]] != bool(row["expected"])
+    ]
+    assert not wrong
+
+
+@pytest.mark.parametrize(("name", "limit"), [("EQUAL", 0.03), ("WRONG", 0.01)])
+def test_further_kinds(verdicts, name, limit):
+    """The aim, on the half of our own kinds that the rules were not written for."""
+    cases = grading_forms.cases(getattr(grading_forms, name))
+    held = [(gold, answer) for kind, gold, answer in cases if grading_forms.held_out(kind)]
+    missed = [(a, g) for g, a in held if verdicts[a, g] != (name == "EQUAL")]
+    assert len(held) > 300 and len(missed) <= limit * len(held), missed
+
+
+def test_conventions(pool):
+    """The matters of convention, as docs/evaluation.md states them."""
+    accepted = [
+        ("0.375", "\\frac{3}{8}"), ("37.5\\%", "0.375"), ("50", "50\\%"), ("0.5", "50\\%"),
+        ("\\approx 7", "7"), ("\\frac{1}{3} \\approx 0.33", "\\frac{1}{3}"), ("\\pm 2", "2,-2"),
+        ("1011", "1011_2"), ("5\\text{ m}", "5"), ("5", "5\\text{ m}"), 
+        ("0.\\overline{3}", "\\frac13"),
+        ("x=2, y=3", "(2,3)"), ("y=3, x=2", "(2,3)"), ("2+3=5", "5"), ("B, A", "A,B"),
+        ("5\\text{ centimeters}", "5 cm"), ("1.267650600228e30", "1.2676506002282294e+30"),
+        ("a + b + c", "a+b+c"), ("\\frac{5+3 i\\sqrt{7}}{2}", "\\frac{5+3i\\sqrt{7}}{2}"),
+        ("\\begin{pmatrix}4\\\\-3\\end{pmatrix}", "\\begin{pmatrix}4\\-3\\end{pmatrix}"),
+        ("-2, -12", "-2{or}-12"), ("2,3,4", "2,3,{}4"), ("\\arcsin(10/13)", "np.arcsin(10/13)"),
+        ("0.5", '["1/2", "3"]'), ("3", '["1/2", "3"]'), ("[1, 2]", "[1,2]"),
+    ]  # fmt: skip
+    refused = [
+        ("0.333333", "\\frac{1}{3}"), ("3.141593", "\\pi"), ("12\\%", "12"), ("C, B, A", "B,A,C"),
+        ("(2,3)", "2,3"), ("\\{2,3\\}", "(2,3)"), ("5\\text{ km}", "5\\text{ m}"), ("3", "3 t"),
+        ("x+1=5", "5"), ("y=2, x=3", "(2,3)"), ("\\frac{1}{2^{98}}", "\\frac{1}{2^{99}}"),
+        ("\\frac{x}{2^{98}}", "\\frac{x}{2^{99}}"), ("4", '["1/2", "3"]'),
+        ("1/2, 3", '["1/2", "3"]'),
+        ("\\begin{pmatrix}4\\\\3\\end{pmatrix}", "\\begin{pmatrix}4\\-3\\end{pmatrix}"),
+    ]  # fmt: skip
+    got = rewards(pool, accepted + refused)[0]
+    wrong = [pair for pair, r in zip(accepted, got) if not r]
+    wrong += [pair for pair, r in zip(refused, got[len(accepted) :]) if r]
+    assert not wrong
+
+
+def test_the_rules_examples():
+    for module in (answers, grading):
+        failed, tried = doctest.testmod(module)
+        assert not failed and tried
+
+
+def test_a_worker_that_waits_loses_no_time(pool):
+    """Stopped for longer than --verify-timeout, as on a busy machine, it gives the same verdict."""
+    slow = ("(x+1)^{60}(x-1)^{60}", "(x^2-1)^{60}")
+    verdict = rewards(pool, [slow], timeout=20.0)
+    args = SimpleNamespace(verify_timeout=1.5, grader="math-verify")
+    future = grading.submit(pool, *slow, args)
+    workers = [worker.pid for worker in pool._pool_manager.worker_manager.workers.values()]
+    for stopped in (signal.SIGSTOP, signal.SIGCONT):
+        for pid in workers:
+            os.kill(pid, stopped)
+        time.sleep(2.0 if stopped == signal.SIGSTOP else 0)
+    assert future.result() == verdict[0][0] == 1.0
+    # ... and the time that it computes is what counts, long before the wall clock's 24 s.
+    start = time.perf_counter()
+    assert rewards(pool, [("9^{9^{9^{9}}}", "1")], timeout=0.2)[1:] == (1, 0)
+    assert time.perf_counter() - start < 15
 
 
 def test_answers_that_never_end_are_cut_off(pool):
@@ -276,10 +403,9 @@ def test_hostile_answers(pool, tmp_path):
     answers = hostile(tmp_path / "touched")
     assert len(answers) >= 300
     start = time.perf_counter()
-    got, timeouts, errors = rewards(pool, [(a, "-77777") for a in answers], timeout=0.5)
+    got, timeouts, errors = rewards(pool, [(a, "-77777") for a in answers], timeout=0.1)
     seconds = time.perf_counter() - start
-    workers = min(8, len(os.sched_getaffinity(0)))
-    assert seconds < timeouts / workers + 60, (seconds, timeouts, errors)
+    assert seconds < 400, (seconds, timeouts, errors)  # 0.1 s each of CPU time, on a busy machine
     right = [a[:60] for a, r in zip(answers, got) if r]
     assert not right
     assert not (tmp_path / "touched").exists()
@@ -292,7 +418,9 @@ def test_hostile_responses_outside_the_box(pool):
     """Whole responses: unclosed, nested, repeated and absent boxes, a megabyte of text."""
     args = SimpleNamespace(verify_timeout=2.0, grader="math-verify")
     cases = [
-        ("", 0), ("5", 0), ("\\boxed{5", 0), ("\\boxed{}", 0), ("\\boxed 5", 0), ("boxed{5}", 0),
+        ("", 0), ("5", 0), ("\\boxed{5", 0), ("\\boxed{}", 0),
+        ("\\boxed 5", 1), ("\\boxed {5}", 1), ("\\boxed{5} or \\boxed{}", 1), ("\\fbox{5}", 1),
+        ("boxed{5}", 0),
         ("\\boxed{\\boxed{5}}", 1), ("\\boxed{4}\\boxed{5}", 1), ("\\boxed{5}\\boxed{4}", 0),
         ("\\boxed{5} \\boxed{", 1), ("}}}} \\boxed{5} }}}}", 1), ("{{{{ \\boxed{5}", 1),
         ("x" * 10**6 + "\\boxed{5}", 1), ("\\boxed{5}" * 10**5, 1), ("\x00\\boxed{5}\x00", 1),
@@ -307,29 +435,73 @@ def test_hostile_responses_outside_the_box(pool):
     assert time.perf_counter() - start < 20
 
 
+def test_lists_of_references(tmp_path):
+    """Lists of answer and ground_truth are alternatives; OlympiadBench's are one answer."""
+    import inputs
+
+    rows = [
+        {"problem": "a", "answer": ["1/2", "0.5"]},
+        {"problem": "b", "answer": ["7"]},
+        {"problem": "c", "final_answer": ["2", "5"]},
+        {"problem": "d", "answer": '["x", "y"]'},
+    ]
+    wanted = ['["1/2", "0.5"]', "7", "2, 5", '["x", "y"]']
+    for i, row in enumerate(rows):
+        (tmp_path / f"{i}.jsonl").write_text(json.dumps(row) + "\n")
+        problems = inputs.load_problems(str(tmp_path / f"{i}.jsonl"), "test")
+        assert [p["answer"] for p in problems] == [wanted[i]]
+
+
 def test_bad_golds(pool):
+    """Those that no usual form of themselves meets, though every one equals itself as a string."""
     args = SimpleNamespace(verify_timeout=2.0, grader="math-verify")
-    golds = ["5", "", "\\frac{1}{2}", "}{", " ", "\\text{Monday}", "$", "-12", "\\text{}", "x^2"]
-    assert grading.bad_golds(pool, golds, args) == [1, 3, 4, 6, 8]
+    fine = [
+        "5",
+        "\\frac{1}{2}",
+        "\\text{Monday}",
+        "-12",
+        "x^2",
+        "(1,2)",
+        "{A,B}",
+        "1,722",
+        "12_5",
+        "i",
+    ]
+    fine += [
+        "7e37",
+        "2,3,{}4",
+        "x=3",
+        "[0,\\infty)",
+        "-2{or}-12",
+        "\\begin{pmatrix}4\\-3\\end{pmatrix}",
+    ]
+    fine += ['["1/2", "0.5"]', "\\begin{pmatrix}\\frac35&1\\frac35&1\\end{pmatrix}", "2:3", "50\\%"]
+    bad = ["", "}{", " ", "$", "\\text{}", "\\begin{pmatrix}1&2\\\\3\\end{pmatrix}"]
+    bad += ["2007+\\frac{\\}{p}i2", "\\frac{1}{"]
+    found = grading.bad_golds(pool, fine + bad, args)
+    assert found == list(range(len(fine), len(fine + bad)))
     args.grader = "boxed-string"
-    assert grading.bad_golds(pool, golds, args) == [1, 4]
+    assert grading.bad_golds(pool, ["5", "", "}{", " "], args) == [1, 3]
 
 
 AUTHORS = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 @pytest.mark.skipif(not AUTHORS.is_dir(), reason="the authors' parquet files are not here")
-def test_every_gold_of_the_papers_data_equals_itself(pool):
+def test_every_gold_of_the_papers_data_is_met(pool):
     import pyarrow.parquet
 
     args = SimpleNamespace(verify_timeout=5.0, grader="math-verify")
-    rows, unreadable = {}, {}
+    count, unreadable = {}, {}
     for file in sorted(AUTHORS.glob("*.parquet")):
         table = pyarrow.parquet.read_table(file, columns=["reward_model"]).to_pylist()
         golds = [row["reward_model"]["ground_truth"] or "" for row in table]
-        rows[file.stem] = len(golds)
+        count[file.stem] = len(golds)
         unreadable[file.stem] = [golds[i] for i in grading.bad_golds(pool, golds, args)]
-    assert rows["math_train"] == 7500 and unreadable.pop("math_train") == [""] * 4
+    # One row lost \\pi to an escape: its 2007+\\frac{\\pi}{2} is met by no answer.
+    broken = ["2007+\\frac{\\}{p}i2"]
+    assert count["math_train"] == 7500
+    assert sorted(unreadable.pop("math_train")) == [""] * 4 + broken
     assert not any(unreadable.values())
 
 
