@@ -26,13 +26,14 @@ import workarounds
 # ------------------------------------------------------------------------------------------- engine
 
 
-def make_engine(path: str, tokenizer, args, shared: bool = True):
+def make_engine(path: str, vocab_size: int, args, shared: bool = True):
     """vLLM in this process. Ranks r*TP .. r*TP+TP-1 form one tensor-parallel engine.
 
     Weights are not read from disk: the first sync brings them. The engine's vocabulary is cut to
-    the tokenizer's, so that the ids Qwen pads its embeddings with can never be sampled.
+    the ids that can occur, so that those Qwen pads its embeddings with are never sampled.
 
     Args:
+        vocab_size: of inputs.num_tokens().
         shared: the GPU is the trainer's between rollouts, so the engine then sleeps.
     """
     if torch.cuda.is_available():
@@ -64,7 +65,7 @@ def make_engine(path: str, tokenizer, args, shared: bool = True):
             path,
             load_format="dummy",
             # Untied: vLLM's CPU kernels repack a tied head at load; a reload would not reach it.
-            hf_overrides={"vocab_size": len(tokenizer), "tie_word_embeddings": False},
+            hf_overrides={"vocab_size": vocab_size, "tie_word_embeddings": False},
             dtype="float32" if args.dtype == "float64" else args.dtype,
             tensor_parallel_size=args.tensor_parallel_size,
             distributed_executor_backend="external_launcher",
@@ -598,7 +599,7 @@ def plain_attention(module, q, k, v, mask, scaling: float, **_):
     return out.view(B, H, L, D).transpose(1, 2).contiguous(), None
 
 
-def load_policy(path: str, config, tokenizer, args, device) -> Policy:
+def load_policy(path: str, config, vocab_size: int, args, device) -> Policy:
     """The model sharded by FSDP2: compute in --dtype; master weights and reduce in float32.
 
     Rank 0 reads the checkpoint, the others receive their shards.
@@ -630,7 +631,7 @@ def load_policy(path: str, config, tokenizer, args, device) -> Policy:
         lm = AutoModelForCausalLM.from_config(config, dtype=master, attn_implementation=attention)
     if args.gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
-    policy = Policy(lm, len(tokenizer), args.temperature).train()
+    policy = Policy(lm, vocab_size, args.temperature).train()
     shard = dict(
         mesh=init_device_mesh(device.type, (dist.get_world_size(),)),
         mp_policy=MixedPrecisionPolicy(dtype, reduce_dtype=master),

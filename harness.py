@@ -296,7 +296,7 @@ def forward_signals() -> None:
 
 
 STOP_SIGNALS = []  # received by this process; see stop_if_asked()
-PATIENT = []  # the group of wait_for_all()
+PATIENT = []  # the group of wait_for_all(), made by init_distributed()
 
 
 def init_distributed() -> tuple[int, int, torch.device]:
@@ -324,7 +324,7 @@ def wait_for_all() -> None:
     Collectives give up after 30 minutes. A rank that dies meanwhile ends the run all the same: the
     launcher stops the others.
     """
-    dist.barrier(PATIENT[0])
+    dist.barrier(PATIENT[0] if PATIENT else None)
 
 
 def catch_signals() -> None:

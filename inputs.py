@@ -1,5 +1,6 @@
 """What a run reads: the model's files and BOS, problems and their prompts."""
 
+import datetime
 import json
 import os
 import random
@@ -42,8 +43,9 @@ def resolve_model(name: str) -> str:
 def load_model_files(args):
     """Config, tokenizer and local path of --model; refuses what the trainer cannot handle."""
     from huggingface_hub import snapshot_download
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
+    fix_date(args)
     try:
         path = resolve_model(args.model)
         if not Path(path).is_dir():
@@ -53,17 +55,54 @@ def load_model_files(args):
             wait_for_all()
             path = snapshot_download(path, local_files_only=True)
         config = AutoConfig.from_pretrained(path)
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = load_tokenizer(path)
     except Exception as error:
         fail(f"--model {args.model} cannot be loaded: {first_line(error)}")
-    if len(tokenizer) > config.vocab_size:
-        fail(f"--model {args.model}: {len(tokenizer)} tokens, but {config.vocab_size} embeddings")
     if config.num_attention_heads % args.tensor_parallel_size:
         fail(
             f"--tensor-parallel-size {args.tensor_parallel_size} does not divide the model's "
             f"{config.num_attention_heads} attention heads"
         )
     return path, config, tokenizer
+
+
+def fix_date(args) -> None:
+    """args.date, which chat templates print: the day when the run began, also after --resume."""
+    file = Path(getattr(args, "output_dir", "") or ".") / "args.json"
+    day = None
+    if getattr(args, "resume", "") and file.is_file():
+        day = json.loads(file.read_text()).get("date")
+    shared = [day or datetime.date.today().isoformat()]
+    dist.broadcast_object_list(shared)  # ranks may start on either side of midnight
+    args.date = shared[0]
+
+
+def load_tokenizer(path: str):
+    """The tokenizer of a folder, as its tokenizer.json has it.
+
+    Some folders name another class than the one that their tokenizer.json is of. transformers
+    believes the name, and then e.g. deepseek-math-7b loses all spaces of a prompt.
+    """
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    tokenizer, file = AutoTokenizer.from_pretrained(path), Path(path) / "tokenizer.json"
+    if file.is_file():
+        text = "Please reason step by step.\nIt is 1+1 = 2."
+        wanted = Tokenizer.from_file(str(file)).encode(text, add_special_tokens=False).ids
+        if tokenizer.encode(text, add_special_tokens=False) != wanted:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+            announce("the folder names another tokenizer than its tokenizer.json: the file is used")
+    return tokenizer
+
+
+def num_tokens(tokenizer, config) -> int:
+    """Ids that can occur: those of the tokenizer that have an embedding.
+
+    Qwen has more embeddings than tokens, and Gemma 3 and R1-Distill-Llama a token more than
+    embeddings. Neither kind of id is ever sampled.
+    """
+    return min(len(tokenizer), config.vocab_size)
 
 
 def find_bos(tokenizer, bos_token: str) -> int:
@@ -80,11 +119,14 @@ def find_bos(tokenizer, bos_token: str) -> int:
     fail("the tokenizer has neither a BOS nor <|im_start|>: name one with --bos-token")
 
 
-def find_stop_tokens(path: str, tokenizer) -> list[int]:
+def find_stop_tokens(path: str, tokenizer, size: int) -> list[int]:
     """Ids that end a response: EOS, those of generation_config.json, and what ends a turn.
 
     A chat template may end a turn with a token that is none of the others: Qwen2.5-Math's ends it
     with <|im_end|>, while the base model's EOS is <|endoftext|>. It is found by rendering a turn.
+
+    Args:
+        size: ids from there on cannot occur: num_tokens().
     """
     found = {tokenizer.eos_token_id}
     file = Path(path) / "generation_config.json"
@@ -100,7 +142,7 @@ def find_stop_tokens(path: str, tokenizer) -> list[int]:
         ids = tokenizer.encode(behind, add_special_tokens=False)
         special = tokenizer.added_tokens_decoder  # some tokenizers add runs of blanks to these
         found |= set([i for i in ids if i in special and special[i].content.strip()][:1])
-    found = sorted(i for i in found if i is not None and i < len(tokenizer))
+    found = sorted(i for i in found if i is not None and i < size)
     if not found:
         fail("the tokenizer has no EOS token, so no response could end: set its eos_token")
     return found
@@ -192,7 +234,8 @@ def encode_prompts(problems: list[dict], tokenizer, args) -> list[dict]:
     --system-prompt takes the place of the data's own. Leaves out prompts over --max-prompt-length,
     with a count.
     """
-    joined = False
+    joined = merged = False
+    day = datetime.date.fromisoformat(getattr(args, "date", str(datetime.date.today())))
     for i, problem in enumerate(problems):
         problem["id"] = i
         messages = problem["problem"]
@@ -202,12 +245,24 @@ def encode_prompts(problems: list[dict], tokenizer, args) -> list[dict]:
             messages = [m for m in messages if m["role"] != "system"]
             messages = [{"role": "system", "content": args.system_prompt}, *messages]
         if tokenizer.chat_template:
-            problem["prompt_ids"] = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, enable_thinking=False, return_dict=False
-            )
+            if not merged and messages[0]["role"] == "system":
+                merged = not keeps_system_prompt(messages, tokenizer)
+            try:
+                chat = join_system_prompt(messages) if merged else messages
+                problem["prompt_ids"] = tokenizer.apply_chat_template(
+                    chat,
+                    add_generation_prompt=True,
+                    enable_thinking=False,
+                    return_dict=False,
+                    strftime_now=day.strftime,
+                )
+            except Exception as error:
+                fail(f"the chat template refuses problem {i}: {first_line(error)}")
         else:
             problem["prompt_ids"] = tokenizer.encode("\n\n".join(m["content"] for m in messages))
             joined |= len(messages) > 1
+    if merged:
+        announce("the chat template has no system prompt: it is put before the problem")
     if joined:
         announce("the tokenizer has no chat template: messages are joined by blank lines")
     kept = [p for p in problems if len(p["prompt_ids"]) <= args.max_prompt_length]
@@ -216,6 +271,25 @@ def encode_prompts(problems: list[dict], tokenizer, args) -> list[dict]:
     if len(kept) < len(problems):
         announce(f"{len(problems) - len(kept)} of {len(problems)} prompts are too long: left out")
     return kept
+
+
+def keeps_system_prompt(messages: list[dict], tokenizer) -> bool:
+    """Does the chat template render the system prompt? Gemma's raises, others drop it silently."""
+    try:
+        return messages[0]["content"] in tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception:
+        return False
+
+
+def join_system_prompt(messages: list[dict]) -> list[dict]:
+    """The system prompt put before the first message of the user.
+
+    >>> join_system_prompt([dict(role="system", content="A"), dict(role="user", content="B")])
+    [{'role': 'user', 'content': 'A\\n\\nB'}]
+    """
+    system, user, *rest = messages if messages[0]["role"] == "system" else [None, *messages]
+    content = f"{system['content']}\n\n{user['content']}" if system else user["content"]
+    return [{"role": user["role"], "content": content}, *rest]
 
 
 def check_golds(name: str, problems: list[dict], pool, args, at_least: int = 1) -> list[dict]:

@@ -335,7 +335,7 @@ def profile(
         max_prompt_length=prompt_length, max_completion_length=new_tokens,
     )  # fmt: skip
     config, tokenizer = AutoConfig.from_pretrained(model), AutoTokenizer.from_pretrained(model)
-    policy = common.load_policy(str(model), config, tokenizer, flags, device)
+    policy = common.load_policy(str(model), config, len(tokenizer), flags, device)
     words, rng = len(tokenizer), np.random.default_rng(0)
     count = max(1, tokens // (prompt_length + new_tokens))
     contexts = rng.integers(words, size=(count, prompt_length)).tolist()

@@ -106,7 +106,7 @@ def make_update(args: Args):
         weight_decay=0.0,
         max_tokens_per_microbatch=args.max_tokens_per_microbatch,
     )
-    policy = common.load_policy(path, config, tokenizer, flags, device)
+    policy = common.load_policy(path, config, len(tokenizer), flags, device)
     optimizer = common.make_optimizer(policy, flags)
 
     n = args.samples

@@ -33,7 +33,8 @@ def save_tiny_model(folder, *, tied=False, context=512, kv_heads=2) -> str:
         if name.endswith("bias"):  # a fresh model's are all 0
             torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(folder)
-    words = ["<pad>", "<bos>", "<eos>", *CHARACTERS]
+    # The last one is a token that transformers adds for this type of model, if it is not there.
+    words = ["<pad>", "<bos>", "<eos>", *CHARACTERS, "<|endoftext|>"]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()

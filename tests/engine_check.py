@@ -36,12 +36,12 @@ rank, world_size, device = harness.init_distributed()
 path, config, tokenizer = inputs.load_model_files(args)
 problems = [{"id": i, "prompt_ids": [5 + i, 7, 9]} for i in range(6)]
 prompts = [p["prompt_ids"] for p in problems for _ in range(4)]
-engine = common.make_engine(path, tokenizer, args)
+engine = common.make_engine(path, len(tokenizer), args)
 if args.tensor_parallel_size > 1 and hasattr(torch.ops._C, "init_shm_manager"):  # needs AVX-512
     # Memory that no other run can meet, and that is gone when this one ends, however it does
     assert f"/dev/shm/{os.environ['MASTER_PORT']}-" in Path("/proc/self/maps").read_text()
     assert not any(name.startswith(os.environ["MASTER_PORT"]) for name in os.listdir("/dev/shm"))
-policy = common.load_policy(path, config, tokenizer, args, device)
+policy = common.load_policy(path, config, len(tokenizer), args, device)
 optimizer = common.make_optimizer(policy, args)
 common.sync_weights(engine, policy)
 common.check_sync(engine, policy)

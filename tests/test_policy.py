@@ -38,7 +38,7 @@ def make_args(model, **changes):
 def load(model, **changes):
     args = make_args(model, **changes)
     path, config, tokenizer = inputs.load_model_files(args)
-    return common.load_policy(path, config, tokenizer, args, CPU), args
+    return common.load_policy(path, config, len(tokenizer), args, CPU), args
 
 
 def ragged(count=7, seed=0, longest=12):

@@ -1,9 +1,11 @@
 """Runs that are killed, interrupted, resumed elsewhere, or fed with faults, as subprocesses."""
 
+import datetime
 import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,12 +13,13 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow.parquet
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_scripts import ROOT, SMALL, learned, metrics, run, same, weights
-from tokenizers import processors
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoTokenizer, LlamaConfig
 
 import dsrl
 import harness
@@ -468,16 +471,98 @@ def test_what_ends_a_response(tiny_model_dir, tmp_path, family):
     tokenizer.chat_template = f"{{% for m in messages %}}{TURNS[family]}{{% endfor %}}"
     end = ENDS.get(family, "<|im_end|>")
     ids = [2] if family in ("EOS", "no end", "refuses answers") else [2, tokenizer.vocab[end]]
-    assert inputs.find_stop_tokens(tmp_path, tokenizer) == ids
+    assert inputs.find_stop_tokens(tmp_path, tokenizer, len(tokenizer)) == ids
     for listed in (7, [7, 2, 10**6]):  # one id, or some; one that the tokenizer does not have
         config = json.dumps({"eos_token_id": listed})
         (tmp_path / "generation_config.json").write_text(config)
-        assert inputs.find_stop_tokens(tmp_path, tokenizer) == sorted({*ids, 7})
+        assert inputs.find_stop_tokens(tmp_path, tokenizer, len(tokenizer)) == sorted({*ids, 7})
     tokenizer.chat_template = tokenizer.eos_token = None
-    assert inputs.find_stop_tokens(tmp_path, tokenizer) == [2, 7]  # of the file
+    assert inputs.find_stop_tokens(tmp_path, tokenizer, len(tokenizer)) == [2, 7]  # of the file
     (tmp_path / "generation_config.json").unlink()
     with pytest.raises(SystemExit):
-        inputs.find_stop_tokens(tmp_path, tokenizer)
+        inputs.find_stop_tokens(tmp_path, tokenizer, len(tokenizer))
+
+
+def chat(tokenizer, template: str, **flags) -> str:
+    """A prompt as the model gets it, with a system prompt."""
+    tokenizer.chat_template = template
+    args = SimpleNamespace(system_prompt="be", max_prompt_length=99, **flags)
+    problems = [{"problem": "1+1", "answer": "2"}]
+    return tokenizer.decode(inputs.encode_prompts(problems, tokenizer, args)[0]["prompt_ids"])
+
+
+EACH = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }};{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}",
+        "{% set messages = messages | rejectattr('role', 'equalto', 'system') | list %}",
+    ],
+)
+def test_templates_without_a_system_role(tiny_model_dir, one_rank, capsys, template):
+    """It raises, as Gemma's, or drops it silently: the prompt stands before the problem."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    assert chat(tokenizer, EACH).replace("?", "") == "system:be;user:1+1;"
+    assert "no system prompt" not in capsys.readouterr().out
+    text = chat(tokenizer, template + EACH)
+    assert text.replace("?", "") == "user:be1+1;"  # the tokenizer has no line break
+    assert capsys.readouterr().out.count("the chat template has no system prompt") == 1
+    refused = "{{ raise_exception('never') }}"
+    with pytest.raises(SystemExit):
+        chat(tokenizer, refused)
+    assert "error: the chat template refuses problem 0: never" in capsys.readouterr().err
+
+
+def test_the_date_in_a_prompt_is_the_runs(tiny_model_dir, tmp_path, one_rank):
+    """The day on which the run began, also when it goes on later; another run's is today."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    template = "{{ strftime_now('%d%m%Y') }}" + EACH
+    assert chat(tokenizer, template, date="2001-02-03").startswith("03022001")
+    (tmp_path / "args.json").write_text(json.dumps({"date": "2001-02-03"}))
+    args = SimpleNamespace(output_dir=str(tmp_path), resume="auto")
+    inputs.fix_date(args)
+    assert args.date == "2001-02-03"
+    args.resume = ""
+    inputs.fix_date(args)
+    assert args.date == str(datetime.date.today())
+
+
+def test_a_folder_that_names_another_tokenizer(tmp_path, one_rank, capsys):
+    """As deepseek-math-7b's: a byte-level tokenizer.json in a folder of Llama's. Spaces stay."""
+    words = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    plain = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
+    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    plain.decoder = decoders.ByteLevel()
+    plain.save(str(tmp_path / "tokenizer.json"))
+    named = {"tokenizer_class": "LlamaTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
+    LlamaConfig(vocab_size=len(words)).save_pretrained(tmp_path)
+    text = "Please reason step by step."
+    wrong = AutoTokenizer.from_pretrained(tmp_path)
+    assert wrong.decode(wrong.encode(text, add_special_tokens=False)) != text
+    tokenizer = inputs.load_tokenizer(str(tmp_path))
+    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
+    assert "the file is used" in capsys.readouterr().out
+    capsys.readouterr()
+    inputs.load_tokenizer(str(ROOT / "lab" / "base"))
+    assert not capsys.readouterr().out
+
+
+def test_a_token_without_an_embedding(tiny_model_dir, tmp_path):
+    """As Gemma 3's, one more than embeddings: it trains, and the token is never sampled."""
+    model = shutil.copytree(tiny_model_dir, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens([f"<{i}>" for i in range(100)])
+    tokenizer.save_pretrained(model)
+    assert len(tokenizer) == 154  # of 96 embeddings
+    flags = f"--model {model} --num-steps 1 --eval-every 0 --max-completion-length 16"
+    run("grpo_baseline", tmp_path / "run", *flags.split(), "--advantage", "sign")
+    rows = pyarrow.parquet.read_table(tmp_path / "run" / "completions" / "step_000001.parquet")
+    assert max(i for row in rows.to_pylist() for i in row["response_ids"]) < 96
+    assert metrics(tmp_path / "run")[-1]["sync/logprob_gap"] < 1e-5
 
 
 def test_long_prompts_are_left_out(tiny_model_dir, one_rank, capsys):

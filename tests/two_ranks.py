@@ -55,7 +55,7 @@ if mode == "slow":
     args.model = "owner/name"
 
 path, config, tokenizer = inputs.load_model_files(args)
-policy = common.load_policy(path, config, tokenizer, args, device)
+policy = common.load_policy(path, config, len(tokenizer), args, device)
 rng = np.random.default_rng(0)
 
 
