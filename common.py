@@ -1,8 +1,9 @@
-"""Helpers of the four training scripts: small, independent functions that a reader can skip.
+"""Helpers of the four training scripts: small, independent functions.
 
-The algorithms are in grpo_baseline.py, prerl.py, nsr_prerl.py and dsrl.py. In order of use: engine
-and rollout, advantages and loss, policy and micro-batches, canary, evaluation. What a run reads is
-in inputs.py; command line, output folder and checkpoints are in harness.py.
+The algorithms are in grpo_baseline.py, prerl.py, nsr_prerl.py and dsrl.py. In order of use: engine,
+weight sync, rollout, advantages and loss, policy and micro-batches, canary, evaluation. What a run
+reads is in inputs.py; command line, output folder and checkpoints are in harness.py; what only a
+CPU or a library's fault needs is in workarounds.py.
 """
 
 import contextlib
