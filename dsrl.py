@@ -144,8 +144,8 @@ def main(args: Args) -> None:
     train = inputs.load_problems(args.dataset, "train")
     evals = {name: inputs.load_problems(name, "test") for name in args.eval_datasets}
     bos = inputs.find_bos(tokenizer, args.bos_token)
-    size = inputs.num_tokens(tokenizer, config)
-    stop = inputs.find_stop_tokens(path, tokenizer, size)
+    vocab_size = inputs.num_tokens(tokenizer, config)
+    stop = inputs.find_stop_tokens(path, tokenizer, vocab_size)
     inputs.fit_context(args, config)
     train = inputs.encode_prompts(train, tokenizer, args)
     evals = {name: inputs.encode_prompts(e, tokenizer, args) for name, e in evals.items()}
@@ -161,8 +161,8 @@ def main(args: Args) -> None:
     say(f"a response ends at {' or '.join(tokenizer.convert_ids_to_tokens(stop))}")
     say(f"the pre-train space's context is token {bos}, {tokenizer.convert_ids_to_tokens(bos)!r}")
 
-    engine = common.make_engine(path, size, args)
-    policy = common.load_policy(path, config, size, args, device)
+    engine = common.make_engine(path, vocab_size, args)
+    policy = common.load_policy(path, config, vocab_size, args, device)
     optimizer = common.make_optimizer(policy, args)
     done = harness.load_checkpoint(folder, policy, optimizer, checkpoint)
     log, warn = harness.make_logger(folder, args), harness.make_warner(args, say)

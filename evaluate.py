@@ -73,8 +73,8 @@ def main(args: Args) -> None:
     harness.check_args(args)
     path, config, tokenizer = inputs.load_model_files(args)
     problems = {name: inputs.load_problems(name, "test") for name in args.datasets}
-    size = inputs.num_tokens(tokenizer, config)
-    stop = inputs.find_stop_tokens(path, tokenizer, size)
+    vocab_size = inputs.num_tokens(tokenizer, config)
+    stop = inputs.find_stop_tokens(path, tokenizer, vocab_size)
     inputs.fit_context(args, config)
     problems = {n: inputs.encode_prompts(p, tokenizer, args) for n, p in problems.items()}
     verifier = grading.start_verifier()
@@ -84,8 +84,8 @@ def main(args: Args) -> None:
     say(f"{args.model} on {world_size} ranks, output in {folder}")
     say(f"a response ends at {' or '.join(tokenizer.convert_ids_to_tokens(stop))}")
 
-    engine = common.make_engine(path, size, args, shared=False)
-    sent = common.send_weights(engine, common.read_weights(path), size, config)
+    engine = common.make_engine(path, vocab_size, args, shared=False)
+    sent = common.send_weights(engine, common.read_weights(path), vocab_size, config)
     common.check_weights(engine, sent)
 
     parts = folder / "parts"

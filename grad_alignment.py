@@ -102,8 +102,8 @@ def main(args: Args) -> None:
     path, config, tokenizer = inputs.load_model_files(args)
     problems = inputs.load_problems(args.dataset, "test")
     bos = inputs.find_bos(tokenizer, args.bos_token)
-    size = inputs.num_tokens(tokenizer, config)
-    stop = inputs.find_stop_tokens(path, tokenizer, size)
+    vocab_size = inputs.num_tokens(tokenizer, config)
+    stop = inputs.find_stop_tokens(path, tokenizer, vocab_size)
     inputs.fit_context(args, config)
     problems = inputs.encode_prompts(problems, tokenizer, args)
     wanted = max(1, args.num_rollouts // args.num_generations)
@@ -115,8 +115,8 @@ def main(args: Args) -> None:
     say = harness.quiet(folder)
     say(f"{args.model}: {len(problems)} problems x {args.num_generations}, output in {folder}")
 
-    engine = common.make_engine(path, size, args)
-    policy = common.load_policy(path, config, size, args, device)
+    engine = common.make_engine(path, vocab_size, args)
+    policy = common.load_policy(path, config, vocab_size, args, device)
     common.sync_weights(engine, policy)
     common.check_sync(engine, policy)
     samples = common.sample_and_verify(

@@ -119,14 +119,14 @@ def find_bos(tokenizer, bos_token: str) -> int:
     fail("the tokenizer has neither a BOS nor <|im_start|>: name one with --bos-token")
 
 
-def find_stop_tokens(path: str, tokenizer, size: int) -> list[int]:
+def find_stop_tokens(path: str, tokenizer, vocab_size: int) -> list[int]:
     """Ids that end a response: EOS, those of generation_config.json, and what ends a turn.
 
     A chat template may end a turn with a token that is none of the others: Qwen2.5-Math's ends it
     with <|im_end|>, while the base model's EOS is <|endoftext|>. It is found by rendering a turn.
 
     Args:
-        size: ids from there on cannot occur: num_tokens().
+        vocab_size: ids from there on cannot occur: num_tokens().
     """
     found = {tokenizer.eos_token_id}
     file = Path(path) / "generation_config.json"
@@ -142,7 +142,7 @@ def find_stop_tokens(path: str, tokenizer, size: int) -> list[int]:
         ids = tokenizer.encode(behind, add_special_tokens=False)
         special = tokenizer.added_tokens_decoder  # some tokenizers add runs of blanks to these
         found |= set([i for i in ids if i in special and special[i].content.strip()][:1])
-    found = sorted(i for i in found if i is not None and i < size)
+    found = sorted(i for i in found if i is not None and i < vocab_size)
     if not found:
         fail("the tokenizer has no EOS token, so no response could end: set its eos_token")
     return found
