@@ -76,8 +76,7 @@ def make_engine(path: str, vocab_size: int, args, shared: bool = True):
             disable_log_stats=True,
             **extra,
         )
-    if sleeps(engine):
-        engine.sleep(level=1)
+    sleep(engine, args)
     return engine
 
 
@@ -89,31 +88,38 @@ def sleeps(engine) -> bool:
 def weights_stay(engine, args) -> bool:
     """May the engine's weights stay on the GPU while the trainer works, so that none is copied?
 
-    Yes, if they leave room for the trainer's state (float32 weights, gradients and two moments over
-    the ranks), one micro-batch, embedding and head, 3 GiB, and a tenth of the card to spare.
-    benchmark/hardware.py has this rule too, beside the exact terms. vLLM can do it since 0.32.
+    Yes, if a tenth of the card is still to spare. vLLM can do it since 0.32.
     """
     if not hasattr(engine, "release_kv_cache_memory"):
         return False
     parameters = engine.collective_rpc(lambda worker: list(worker.get_model().parameters()))[0]
-    config, itemsize = engine.llm_engine.model_config.hf_config, parameters[0].itemsize
+    held, itemsize = sum(p.nbytes for p in parameters), parameters[0].itemsize
     count = sum(p.numel() for p in parameters) * args.tensor_parallel_size
-    state = 0 if args.cpu_offload else 16 * count / dist.get_world_size()
-    kept = 8 * config.intermediate_size + 28 * config.hidden_size  # bytes a token and layer, bf16
-    layers = config.num_hidden_layers
+    config = engine.llm_engine.model_config.hf_text_config
+    needed = held + trainer_bytes(count, itemsize, config, args, dist.get_world_size())
+    return needed <= 0.9 * torch.cuda.mem_get_info()[1]
+
+
+def trainer_bytes(count: int, itemsize: int, config, args, world_size: int) -> float:
+    """What the trainer needs of one GPU, roughly; benchmark/hardware.py has the exact terms.
+
+    float32 weights, gradients and two moments over the ranks; one micro-batch; embedding and head
+    with the head's gradient; and 3 GiB.
+    """
+    state = 0 if args.cpu_offload else 16 * count / world_size
+    layers, hidden = config.num_hidden_layers, config.hidden_size
+    kept = 8 * getattr(config, "intermediate_size", 4 * hidden) + 28 * hidden  # of a layer, bf16
     if args.gradient_checkpointing:  # every layer's input, and one and a half layers computed anew
-        per_token = 2 * layers * config.hidden_size + 1.5 * kept
+        per_token = 2 * layers * hidden + 1.5 * kept
     else:
         per_token = layers * kept
     longest = args.max_prompt_length + args.max_completion_length
     batch = max(args.max_tokens_per_microbatch, longest) * per_token * itemsize / 2
-    ends = 12 * config.vocab_size * config.hidden_size
-    needed = sum(p.nbytes for p in parameters) + state + batch + ends + 3 * 2**30
-    return needed <= 0.9 * torch.cuda.mem_get_info()[1]
+    return state + batch + 12 * config.vocab_size * hidden + 3 * 2**30
 
 
 def sleep(engine, args) -> None:
-    """After a rollout: the KV cache's memory is the trainer's, and the weights' if it needs it."""
+    """Outside of rollouts the KV cache's memory is the trainer's, and the weights' if needed."""
     if not sleeps(engine):
         return
     if weights_stay(engine, args):
@@ -169,11 +175,12 @@ def send_weights(engine, weights, vocab_size: int, config) -> dict[str, int]:
         the bit sums of what was sent, for check_weights().
     """
     wake(engine, "weights")
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # adding up is slow on a CPU
     dtype, sums = engine.llm_engine.model_config.dtype, {}
 
     def adapted():  # to the engine's dtype, untied head and unpadded vocabulary
         for name, weight in weights:
-            weight = weight.to(dtype)
+            weight = weight.to(device, dtype)
             if name.endswith(("embed_tokens.weight", "lm_head.weight")):
                 weight = weight[:vocab_size]
             if config.tie_word_embeddings and name == "lm_head.weight":

@@ -4,11 +4,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import common  # noqa: E402
 from benchmark import hardware  # noqa: E402
 
 
@@ -68,4 +70,21 @@ def test_weights_stay_only_where_they_fit(name):
                     if hardware.weights_stay(m, gpus, 1, tokens, offload, gib):
                         update = hardware.update_terms(m, gpus, tokens, offload, m.engine(1))
                         assert update["peak"] * (1 + hardware.SPARE) < gib * hardware.GIB
+                    # and it is the one that common.py decides by
+                    config = SimpleNamespace(
+                        num_hidden_layers=m.layers,
+                        hidden_size=m.hidden,
+                        intermediate_size=m.intermediate,
+                        vocab_size=m.vocab,
+                    )
+                    args = SimpleNamespace(
+                        cpu_offload=offload,
+                        gradient_checkpointing=True,
+                        max_prompt_length=0,
+                        max_completion_length=m.length,
+                        max_tokens_per_microbatch=tokens,
+                    )
+                    needed = common.trainer_bytes(m.parameters, 2, config, args, gpus)
+                    stay = m.engine(1) + needed <= 0.9 * gib * hardware.GIB
+                    assert stay == hardware.weights_stay(m, gpus, 1, tokens, offload, gib)
     assert hardware.plan(m, 8, 80)[1]
