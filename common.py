@@ -241,10 +241,12 @@ def engine_bits(worker) -> dict[str, int]:
     sums = {}
     for prefix, module in worker.get_model().named_modules():
         for name, weight in module.named_parameters(recurse=False):
-            if weight.numel():  # vLLM's CPU kernels may keep a bias in float32
-                value = bits(weight.to(worker.model_config.dtype))
-            else:
+            if weight.numel() == 0:  # see workarounds.remember_packed_weights()
                 value = module.packed_bits
+            else:
+                if hasattr(module, "shard_indices"):  # of embedding and head: rows that only pad
+                    weight = weight[: module.shard_indices.num_org_elements]
+                value = bits(weight.to(worker.model_config.dtype))  # a CPU's bias may be float32
             add_bits(sums, f"{prefix}.{name}", value)
     return to_integers(sums)
 

@@ -311,9 +311,10 @@ def test_gradients_that_are_not_finite(tmp_path):
 
 
 def test_a_weight_that_is_not_finite(tmp_path):
+    checked = "        common.check_sync(engine, policy)\n"
     fault = "        if step == 2:\n            with torch.no_grad():\n"
-    fault += "                policy.lm.model.norm.weight.fill_(math.nan)\n        elif updates:\n"
-    output = damaged("grpo_baseline", tmp_path, "        if updates:\n", fault)
+    fault += "                policy.lm.model.norm.weight.fill_(math.nan)\n"
+    output = damaged("grpo_baseline", tmp_path, checked, checked + fault)
     assert "a weight is not finite" in output
     assert [row["step"] for row in metrics(tmp_path / "run")][-1] == 2
 
