@@ -199,6 +199,7 @@ def test_summary_against_definitions():
             reward=float(r),
             length=3 + i,
             truncated=i % 7 == 0,
+            boxed=i % 5 == 0,
             thoughts=thoughts.count(texts[i % 3]),
         )
         for i, r in enumerate(right.flatten())
@@ -212,6 +213,7 @@ def test_summary_against_definitions():
     expected = (sum((p - p.mean()) ** 2) / 6 / 7) ** 0.5
     assert result["standard_error"] == pytest.approx(expected)
     assert result["length"] == pytest.approx(3 + 17) and result["truncated"] == pytest.approx(1 / 7)
+    assert result["boxed"] == pytest.approx(1 / 5)
     assert result["thoughts/reflection"] == pytest.approx(12 / 35)
     assert result["thoughts/transition_per_1k_tokens"] == pytest.approx(12000 / (35 * 20))
 
