@@ -136,9 +136,10 @@ def find_stop_tokens(path: str, tokenizer, vocab_size: int) -> list[int]:
     if tokenizer.chat_template:
         turn = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "It is two."}]
         try:
-            behind = tokenizer.apply_chat_template(turn, tokenize=False).rpartition("two.")[2]
+            text = tokenizer.apply_chat_template(turn, tokenize=False)
         except Exception:  # a template may refuse such a chat
-            behind = ""
+            text = ""
+        behind = text.rpartition("two.")[2] if "two." in text else ""  # or leave the answer out
         ids = tokenizer.encode(behind, add_special_tokens=False)
         special = tokenizer.added_tokens_decoder  # some tokenizers add runs of blanks to these
         found |= set([i for i in ids if i in special and special[i].content.strip()][:1])

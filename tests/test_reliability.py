@@ -457,6 +457,7 @@ TURNS = {
     "EOS": "{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}\n",
     "blanks are tokens": "{{ m['role'] }}\n{{ m['content'] }}\n\n<|im_end|>",
     "no end": "{{ m['role'] }}: {{ m['content'] }}\n",
+    "leaves answers out": "{% if m['role'] == 'user' %}<|im_start|>{{ m['content'] }}{% endif %}",
     "refuses answers": "{{ raise_exception('no') if m['role'] == 'assistant' else m['content'] }}",
 }
 ENDS = {"Llama 3": "<|eot_id|>", "Gemma": "<end_of_turn>"}
@@ -471,7 +472,8 @@ def test_what_ends_a_response(tiny_model_dir, tmp_path, family):
     tokenizer.add_tokens(["\n\n"])
     tokenizer.chat_template = f"{{% for m in messages %}}{TURNS[family]}{{% endfor %}}"
     end = ENDS.get(family, "<|im_end|>")
-    ids = [2] if family in ("EOS", "no end", "refuses answers") else [2, tokenizer.vocab[end]]
+    none = ("EOS", "no end", "leaves answers out", "refuses answers")
+    ids = [2] if family in none else [2, tokenizer.vocab[end]]
     assert inputs.find_stop_tokens(tmp_path, tokenizer, len(tokenizer)) == ids
     for listed in (7, [7, 2, 10**6]):  # one id, or some; one that the tokenizer does not have
         config = json.dumps({"eos_token_id": listed})
