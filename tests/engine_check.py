@@ -3,6 +3,7 @@
 usage: engine_check.py MODEL OUT TP
 """
 
+import collections
 import os
 import sys
 import types
@@ -61,7 +62,11 @@ stale = common.gather(common.rollout(engine, problems, 4, "before", [2], args))
 gaps["stale"] = common.canary(policy, prompts, stale, args, device)["sync/logprob_gap"]
 common.sync_weights(engine, policy)
 common.check_sync(engine, policy)
-after = common.gather(common.rollout(engine, problems, 4, "after", [2, 20], args))
+# The same samples with and without a second stop token: the one that is in most nearly half of them
+whole = common.gather(common.rollout(engine, problems, 4, "after", [2], args))
+seen_in = collections.Counter(t for s in whole for t in set(map(int, s["ids"])) if t != 2)
+stop = min(seen_in, key=lambda t: (abs(seen_in[t] - len(whole) / 2), t))
+after = common.gather(common.rollout(engine, problems, 4, "after", [2, stop], args))
 gaps["after"] = common.canary(policy, prompts, after, args, device)["sync/logprob_gap"]
 
 harness.save_model(out, policy, config, tokenizer, path, torch.float32)
@@ -119,10 +124,12 @@ if rank == 0:
             seen=seen,
             groups=everyone,
             prompts=prompts,
+            stop=stop,
+            whole=[s["ids"] for s in whole],
             ids=[s["ids"] for s in after],
             logprobs=[s["logprobs"] for s in after],
             truncated=[s["truncated"] for s in after],
-            max_id=int(max(np.max(s["ids"]) for s in samples + stale + after)),
+            max_id=int(max(np.max(s["ids"]) for s in samples + stale + whole)),
         ),
         out / "result.pt",
     )

@@ -77,10 +77,14 @@ def test_sync_and_parallelism(tmp_path, world_size, tp, kv_heads, tied):
     assert result["seen"][""] == ""
     assert result["max_id"] < len(AutoTokenizer.from_pretrained(model))
     # A stop token that is not EOS ends a response and is its last token, with its log-prob.
-    for y, logprobs, truncated in zip(result["ids"], result["logprobs"], result["truncated"]):
-        assert len(logprobs) == len(y) and not {2, 20} & set(y[:-1].tolist())
-        assert truncated == (y[-1] not in (2, 20)) and (len(y) == 32 or not truncated)
-    assert any(y[-1] == 20 for y in result["ids"])
+    ends = {2, result["stop"]}
+    for y, whole, logprobs, truncated in zip(
+        result["ids"], result["whole"], result["logprobs"], result["truncated"], strict=True
+    ):
+        assert y.tolist() == whole[: len(y)].tolist() and len(logprobs) == len(y)
+        assert not ends & set(y[:-1].tolist())
+        assert truncated == (y[-1] not in ends) and (len(y) == 32 or not truncated)
+    assert any(y[-1] == result["stop"] for y in result["ids"])
     # Identical within a tensor-parallel group, different across groups.
     groups = result["groups"]
     assert all(groups[r] == groups[r // tp * tp] for r in range(world_size))
