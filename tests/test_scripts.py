@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import inputs
+import one_step
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ["grpo_baseline", "prerl", "nsr_prerl", "dsrl"]
@@ -138,101 +139,98 @@ def test_a_checkpoint_becomes_a_model(runs, tmp_path):
 def test_negatives_only(runs):
     """NSR-PreRL counts the samples with A < 0: wrong ones in groups that have a right one."""
     folder = runs[0]["nsr_prerl"]
-    rows = pyarrow.parquet.read_table(folder / "completions" / "step_000002.parquet").to_pylist()
+    rows = completions(folder, 2)
     counted = [row for row in rows if row["advantage"] < 0]
     assert all(row["reward"] == 0 for row in counted)
     assert metrics(folder)[2]["policy/counted_samples"] == len(counted) < len(rows)
     assert metrics(folder)[2]["policy/counted_tokens"] == sum(row["length"] for row in counted)
 
 
-def tokens_of(folder: Path, script: str) -> list[tuple[list[int], list[int], dict]]:
-    """Context, response and row of each sample of step 1, from the completions' text."""
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "lab" / "base")
-    samples = []
-    table = pyarrow.parquet.read_table(folder / "completions" / "step_000001.parquet")
-    for row in table.to_pylist():
-        x = tokenizer.encode(row["prompt"]) if script == "grpo_baseline" else [1]  # <bos>
-        y = tokenizer.encode(row["response"])
-        y += [tokenizer.eos_token_id] * (row["finish_reason"] == "stop")
-        assert len(y) == row["length"]
-        samples.append((x, y, row))
-    return samples
-
-
-def logprobs_of(model, x: list[int], y: list[int]) -> torch.Tensor:
-    """log π(y_t | x, y_<t) [T] with transformers' full logits."""
-    logits = model(torch.tensor([x + y])).logits[0, len(x) - 1 : -1]  # [T, V]
-    return logits.log_softmax(-1).gather(1, torch.tensor(y)[:, None])[:, 0]
+def completions(folder: Path, step: int) -> list[dict]:
+    return pyarrow.parquet.read_table(
+        folder / "completions" / f"step_{step:06d}.parquet"
+    ).to_pylist()
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_likelihood_is_that_of_the_space(runs, script):
     """policy/logprob of step 1, scored again with transformers: with x for GRPO, with BOS else."""
     model = AutoModelForCausalLM.from_pretrained(ROOT / "lab" / "base")
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "lab" / "base")
     logps = []
-    for x, y, row in tokens_of(runs[0][script], script):
+    for row in completions(runs[0][script], 1):
+        x, y = tokenizer.encode(row["prompt"]), tokenizer.encode(row["response"])
+        y += [tokenizer.eos_token_id] * (row["finish_reason"] == "stop")
+        assert (x, y) == (row["prompt_ids"], row["response_ids"])
         A = row["advantage"]
         if A < 0 or (A > 0 and script in ("grpo_baseline", "prerl")):
             with torch.no_grad():
-                logps.append(logprobs_of(model, x, y))
+                context = x if script == "grpo_baseline" else [1]  # <bos>
+                logps.append(one_step.log_probs(model, context, y))
     assert metrics(runs[0][script])[1]["policy/logprob"] == pytest.approx(
         torch.cat(logps).mean().item(), rel=1e-4
     )
 
 
-KNOBS = "--negative-weight 0.5 --clip-low 0.02 --clip-high 0.03"
-
-
-@pytest.mark.parametrize(
-    ("script", "minibatches", "knobs"),
-    [
-        ("grpo_baseline", 1, ""),
-        ("grpo_baseline", 2, ""),
-        ("grpo_baseline", 2, KNOBS),
-        ("prerl", 1, ""),
-        ("nsr_prerl", 1, ""),
-    ],
-)
-def test_first_step_is_the_papers(tmp_path, script, minibatches, knobs):
-    """The weights after one step, against a plain float64 loop: rewards to AdamW, sign included."""
-    flags = ["--num-minibatches", str(minibatches), "--num-steps", "1", "--eval-every", "0"]
-    run(script, tmp_path, *flags, *knobs.split())
-    samples = tokens_of(tmp_path, script)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_steps_are_one_steps(runs, script):
+    """Three steps, DSRL's switch among them, against one_step.py in float64 on the same samples."""
     model = AutoModelForCausalLM.from_pretrained(ROOT / "lab" / "base").double()
     before = [p.detach().clone() for p in model.parameters()]
-    r = torch.tensor([row["reward"] for _, _, row in samples], dtype=torch.float64).view(8, 4)
-    A = r - r.mean(1, keepdim=True)
-    if script == "grpo_baseline":
-        A = A / (r.std(1, keepdim=True) + 1e-6)
-    A = A.flatten().tolist()
-    low, high, dual = 0.8, 1.28 if script == "grpo_baseline" else 1.2, 10.0
-    if knobs:
-        A, low, high = [a if a > 0 else 0.5 * a for a in A], 0.98, 1.03
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    methods = {"grpo_baseline": one_step.grpo, "prerl": one_step.prerl}
+    methods |= {"nsr_prerl": one_step.nsr_prerl}
+    for row in metrics(runs[0][script])[1:]:
+        samples = completions(runs[0][script], row["step"])
+        r = torch.tensor([s["reward"] for s in samples], dtype=torch.float64).view(8, 4)
+        xs, ys = [s["prompt_ids"] for s in samples], [s["response_ids"] for s in samples]
+        if script == "dsrl":
+            A, in_loss, contexts = one_step.dsrl(r, xs, 1, row["step"], 2)
+        else:
+            A, in_loss, contexts = methods[script](r, xs, 1)
+        assert A.flatten().tolist() == pytest.approx([s["advantage"] for s in samples], abs=1e-6)
+        assert in_loss.flatten().tolist() == [s["in_loss"] for s in samples]
+        _, gradient = one_step.step(model, optimizer, A, in_loss, contexts, ys)
+        assert row["policy/grad_norm"] == pytest.approx(gradient.norm().item(), rel=1e-3)
+    trained = AutoModelForCausalLM.from_pretrained(runs[0][script] / "model").double()
+    own = torch.cat([(p - b).flatten() for p, b in zip(trained.parameters(), before)])
+    oracle = torch.cat([(p - b).flatten() for p, b in zip(model.parameters(), before)])
+    assert torch.cosine_similarity(own, oracle, dim=0) > 0.999
+
+
+def test_clipping_and_minibatches(tmp_path):
+    """Two updates on one batch, negatives at half weight, against equation (2) in float64."""
+    flags = "--num-minibatches 2 --num-steps 1 --eval-every 0 --negative-weight 0.5"
+    run("grpo_baseline", tmp_path, *flags.split(), "--clip-low", "0.02", "--clip-high", "0.03")
+    samples = completions(tmp_path, 1)
+    xs, ys = [s["prompt_ids"] for s in samples], [s["response_ids"] for s in samples]
+    r = torch.tensor([s["reward"] for s in samples], dtype=torch.float64).view(8, 4)
+    A = one_step.grpo(r, xs, 1)[0].flatten()
+    A = torch.where(A > 0, A, 0.5 * A).tolist()
+    model = AutoModelForCausalLM.from_pretrained(ROOT / "lab" / "base").double()
+    before = [p.detach().clone() for p in model.parameters()]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
     with torch.no_grad():
-        old = [logprobs_of(model, x, y) for x, y, _ in samples]
+        old = [one_step.log_probs(model, x, y) for x, y in zip(xs, ys)]
     order = torch.randperm(len(A), generator=torch.Generator().manual_seed(1))
     outside, tokens = 0, 0
-    for minibatch in order.chunk(minibatches):
-        counted = [i for i in minibatch.tolist() if script != "nsr_prerl" or A[i] < 0]
-        count = sum(len(samples[i][1]) for i in counted)
+    for minibatch in order.chunk(2):
+        count = sum(len(ys[i]) for i in minibatch.tolist())
         optimizer.zero_grad()
-        for i in counted:
-            x, y, _ = samples[i]
-            ratio = (logprobs_of(model, x, y) - old[i]).exp()
-            outside += ((ratio < low) | (ratio > high)).sum().item() if A[i] else 0
-            tokens += len(y) if A[i] else 0
+        for i in minibatch.tolist():
+            ratio = (one_step.log_probs(model, xs[i], ys[i]) - old[i]).exp()
+            outside += ((ratio < 0.98) | (ratio > 1.03)).sum().item() if A[i] else 0
+            tokens += len(ys[i]) if A[i] else 0
+            objective = A[i] * ratio.clamp(0.98, 10.0)  # dual clip, where A < 0
             if A[i] >= 0:
-                objective = torch.minimum(ratio * A[i], ratio.clamp(low, high) * A[i])
-            else:
-                objective = A[i] * ratio.clamp(low, dual)
+                objective = torch.minimum(ratio * A[i], ratio.clamp(0.98, 1.03) * A[i])
             (-objective.sum() / count).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
         optimizer.step()
     row = metrics(tmp_path)[0]
     assert row["policy/grad_norm"] == pytest.approx(norm, rel=1e-3)
     assert row["policy/clip_fraction"] == pytest.approx(outside / tokens, abs=2e-3)
-    assert (row["policy/clip_fraction"] > 0.01) == bool(knobs)
+    assert row["policy/clip_fraction"] > 0.01
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "model").double()
     own = torch.cat([(p - b).flatten() for p, b in zip(trained.parameters(), before)])
     oracle = torch.cat([(p - b).flatten() for p, b in zip(model.parameters(), before)])

@@ -1,0 +1,208 @@
+"""One step of every method by hand: plain PyTorch, no inference engine, no sharding.
+
+    python one_step.py                          the lab's base model
+    python one_step.py --preset smollm          SmolLM2-135M with worked examples
+    python one_step.py --model FOLDER --problem 'What is 17 + 25?' --answer 42
+
+Samples a group of responses to each problem, verifies them and takes the first optimiser step of
+each method from the same weights. one_step.html shows every value. The four scripts do this with
+vLLM and FSDP2; tests/test_scripts.py compares their first step with this file in float64.
+"""
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+import grading
+import harness
+import inputs
+from lab import page
+
+# The methods. r: rewards [P, G]; xs: the N = P * G prompts; bos: the start token. A method gives
+# A [P, G], which samples are in the loss [P, G], and the context of each response [N].
+
+
+def grpo(r, xs, bos):
+    A = (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-6)
+    in_loss = torch.ones_like(A, dtype=torch.bool)
+    contexts = xs  # log π(y_t | x, y_<t)
+    return A, in_loss, contexts
+
+
+def prerl(r, xs, bos):
+    A = r - r.mean(1, keepdim=True)
+    in_loss = torch.ones_like(A, dtype=torch.bool)
+    contexts = [[bos]] * len(xs)  # log π(y_t | BOS, y_<t): x is dropped
+    return A, in_loss, contexts
+
+
+def nsr_prerl(r, xs, bos):
+    A = r - r.mean(1, keepdim=True)
+    in_loss = A < 0
+    contexts = [[bos]] * len(xs)
+    return A, in_loss, contexts
+
+
+def dsrl(r, xs, bos, step, warmup_steps):
+    return nsr_prerl(r, xs, bos) if step <= warmup_steps else grpo(r, xs, bos)
+
+
+def log_probs(model, context: list[int], y: list[int]) -> torch.Tensor:
+    """log π(y_t | context, y_<t) [T]."""
+    logits = model(torch.tensor([context + y])).logits[0, len(context) - 1 : -1]  # [T, V]
+    return logits.log_softmax(-1).gather(1, torch.tensor(y)[:, None])[:, 0]
+
+
+def backward(model, A, in_loss, contexts, ys) -> float:
+    """The loss, minus the mean of A log π over the tokens in the loss; adds its gradient."""
+    num_tokens = sum(len(y) for y, kept in zip(ys, in_loss.flatten()) if kept)
+    total = 0.0
+    for A_i, kept, context, y in zip(A.flatten(), in_loss.flatten(), contexts, ys):
+        if kept:
+            loss = -(A_i * log_probs(model, context, y)).sum() / num_tokens  # equation (2)
+            loss.backward()
+            total += loss.item()
+    return total
+
+
+def step(model, optimizer, A, in_loss, contexts, ys) -> tuple[float, torch.Tensor]:
+    """One update. Returns the loss and the gradient before it is clipped, flat."""
+    optimizer.zero_grad()
+    loss = backward(model, A, in_loss, contexts, ys)
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return loss, gradient
+
+
+@torch.no_grad()
+def sample(model, x: list[int], count: int, max_tokens: int, stop: list[int]) -> list[list[int]]:
+    """`count` responses y ~ π(·|x). The token that ends a response is part of it."""
+    ids = model.generate(
+        torch.tensor([x]),
+        GenerationConfig(
+            do_sample=True, top_k=0, num_return_sequences=count, max_new_tokens=max_tokens,
+            eos_token_id=stop, pad_token_id=stop[0],
+        ),
+    )  # fmt: skip
+    ys = ids[:, len(x) :].tolist()
+    ends = [next((t for t, token in enumerate(y, 1) if token in stop), len(y)) for y in ys]
+    return [y[:end] for y, end in zip(ys, ends)]
+
+
+def reward(y: list[int], answer: str, tokenizer, stop: list[int]) -> float:
+    """1 if the response ends and its last box holds a correct answer, else 0."""
+    boxed = grading.last_boxed(tokenizer.decode(y, skip_special_tokens=True))
+    return float(y[-1] in stop and bool(boxed) and grading.math_verify_equal(boxed, answer))
+
+
+# ------------------------------------------------------------------------------------ the program
+
+
+@dataclass
+class Args:
+    preset: Literal["lab", "smollm"] = "lab"
+    """set of defaults: the lab's base model, or SmolLM2-135M with worked examples"""
+    model: str = str(Path(__file__).resolve().parent / "lab" / "base")
+    """local folder, hub id, or smollm2; trained in float32 on the CPU"""
+    dataset: str = "lab"
+    """lab, arithmetic, math, a hub id, or a local .parquet or .jsonl file"""
+    problem: str = ""
+    """a problem of your own in place of the data set; needs --answer"""
+    answer: str = ""
+    """reference answer of --problem"""
+    problems: int = 2
+    """problems on the page"""
+    responses: int = 4
+    """responses per problem, the group size G"""
+    system_prompt: str = ""
+    """put before every problem; empty for none"""
+    max_prompt_length: int = 1024
+    """tokens; longer prompts are left out"""
+    max_completion_length: int = 192
+    """tokens of a response"""
+    bos_token: str = ""
+    """context of the pre-train space; default the tokenizer's BOS, else <|im_start|>"""
+    learning_rate: float = 3e-4
+    """AdamW's"""
+    seed: int = 1
+    """of the problems' order and of sampling"""
+    output: str = "one_step.html"
+    """page to write"""
+
+
+def draw_group(model, x, answer: str, tokenizer, stop, args) -> tuple[list[list[int]], list[float]]:
+    """G responses with G different texts, with both rewards among them if both occur."""
+    ys = sample(model, x, 8 * args.responses, args.max_completion_length, stop)
+    ys = list({tuple(y): y for y in ys}.values())
+    rewards = [reward(y, answer, tokenizer, stop) for y in ys]
+    kept = list(range(len(ys)))[: args.responses]
+    others = [i for i, r in enumerate(rewards) if r != rewards[0]]
+    if others and others[0] not in kept:
+        kept[-1] = others[0]
+    return [ys[i] for i in kept], [rewards[i] for i in kept]
+
+
+def main(args: Args) -> None:
+    if bool(args.problem) != bool(args.answer):
+        harness.fail("--problem and --answer go together")
+    if args.responses < 2:
+        harness.fail("--responses must be 2 or more: A compares a response with its group")
+    torch.manual_seed(args.seed)
+    path = inputs.resolve_model(args.model)
+    tokenizer = inputs.load_tokenizer(path)
+    vocab_size = inputs.num_tokens(tokenizer, AutoConfig.from_pretrained(path))
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    model.resize_token_embeddings(vocab_size)  # ids that only pad the embeddings are never sampled
+    bos = inputs.find_bos(tokenizer, args.bos_token)
+    stop = inputs.find_stop_tokens(path, tokenizer, vocab_size)
+    rows = [{"problem": args.problem, "answer": args.answer}]
+    if not args.problem:
+        rows = inputs.load_problems(args.dataset, "train")
+        random.Random(args.seed).shuffle(rows)
+    rows = inputs.encode_prompts(rows, tokenizer, args)
+
+    problems, xs, ys, r = [], [], [], []
+    for problem in rows[: 10 * args.problems]:
+        x = problem["prompt_ids"]
+        group, rewards = draw_group(model, x, problem["answer"], tokenizer, stop, args)
+        if len(group) == args.responses and len(set(rewards)) == 2:
+            problems, r = [*problems, problem], [*r, rewards]
+            xs, ys = xs + [x] * args.responses, ys + group
+        if len(r) == args.problems:
+            break
+    if not r:
+        harness.fail(
+            f"no group of {args.responses} different responses has correct and incorrect ones, so "
+            "A is 0: take an easier or harder problem, more --responses, or another --seed"
+        )
+    r = torch.tensor(r)  # [P, G]
+
+    @torch.no_grad()
+    def both_spaces():  # log π(y_t | x, y_<t) and log π(y_t | BOS, y_<t) of each response
+        return [(log_probs(model, x, y), log_probs(model, [bos], y)) for x, y in zip(xs, ys)]
+
+    start = {name: weight.clone() for name, weight in model.state_dict().items()}
+    before, updates = both_spaces(), {}
+    for name, method in {"GRPO": grpo, "PreRL": prerl, "NSR-PreRL": nsr_prerl}.items():
+        model.load_state_dict(start)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0)
+        A, in_loss, contexts = method(r, xs, bos)
+        loss, gradient = step(model, optimizer, A, in_loss, contexts, ys)
+        updates[name] = (A, in_loss, contexts is xs, loss, gradient, both_spaces())
+    values = page.collect(args, tokenizer, bos, problems, ys, r, before, updates)
+    Path(args.output).write_text(page.render(values))
+    for m in values["methods"]:
+        print(
+            f"{m['name']:10} loss {m['loss']:+.4f}  gradient norm {m['norm']:.3f}  "
+            f"cosine with GRPO's {m['cosine']:.3f}"
+        )
+    print(f"{args.output} has every value")
+
+
+if __name__ == "__main__":
+    main(harness.parse_args(Args))
