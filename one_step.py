@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig
 
 import grading
 import harness
@@ -82,10 +82,14 @@ def step(model, optimizer, A, in_loss, contexts, ys) -> tuple[float, torch.Tenso
 @torch.no_grad()
 def sample(model, x: list[int], count: int, max_tokens: int, stop: list[int]) -> list[list[int]]:
     """`count` responses y ~ π(·|x). The token that ends a response is part of it."""
+    ids, cache = torch.tensor([x]), DynamicCache(config=model.config)
+    model(ids[:, :-1], past_key_values=cache)  # x once, not once for each response
+    cache.batch_repeat_interleave(count)
     ids = model.generate(
-        torch.tensor([x]),
-        GenerationConfig(
-            do_sample=True, top_k=0, num_return_sequences=count, max_new_tokens=max_tokens,
+        ids.repeat(count, 1),
+        past_key_values=cache,
+        generation_config=GenerationConfig(
+            do_sample=True, top_k=0, max_new_tokens=max_tokens,
             eos_token_id=stop, pad_token_id=stop[0],
         ),
     )  # fmt: skip
