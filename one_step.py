@@ -87,6 +87,7 @@ def sample(model, x: list[int], count: int, max_tokens: int, stop: list[int]) ->
     cache.batch_repeat_interleave(count)
     ids = model.generate(
         ids.repeat(count, 1),
+        attention_mask=torch.ones(count, len(x), dtype=torch.long),
         past_key_values=cache,
         generation_config=GenerationConfig(
             do_sample=True, top_k=0, max_new_tokens=max_tokens,
