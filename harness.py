@@ -8,6 +8,7 @@ import atexit
 import ctypes
 import dataclasses
 import datetime
+import fcntl
 import functools
 import inspect
 import json
@@ -217,11 +218,25 @@ KEEP_MEMORY = {
 }
 
 
+FEWEST_FILES = 256  # that a process may have open; a rank of two needs some 100 on a CPU
+
+
+def raise_open_files() -> None:
+    """Let this process and its children open as many files as they may; refuses a tight limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    if wanted < FEWEST_FILES:
+        fail(f"a process may open only {hard} files, and needs {FEWEST_FILES}: raise ulimit -n")
+
+
 def launch(main, args) -> None:
     """Run main(args) in one process per GPU (`--num-processes` on a CPU), or as torchrun's rank.
 
     Processes are started by torch.distributed.run, which is what `torchrun` calls.
     """
+    raise_open_files()
     if "RANK" in os.environ:
         code = 0
         try:
@@ -356,6 +371,9 @@ def shutdown(engine) -> None:
 # ------------------------------------------------------------------------------------ output folder
 
 
+LOCKS = []  # files that stay open: see lock_folder()
+
+
 def make_output_dir(args) -> Path:
     """The run's folder, the same on every rank, with args.json."""
     script = Path(sys.argv[0]).stem
@@ -375,12 +393,25 @@ def make_output_dir(args) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)  # on every node
         if dist.get_rank() == 0:
+            lock_folder(folder)
             text = json.dumps({"script": script, **vars(args)}, indent=2)
             (folder / "args.json").write_text(text + "\n")
     except OSError as error:
         fail(f"the output folder cannot be written: {error}")
     wait_for_all()
     return folder
+
+
+def lock_folder(folder: Path) -> None:
+    """Refuse a folder that a living run writes to. The lock ends with this process, however."""
+    file = open(folder / "args.json", "a")
+    LOCKS.append(file)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"another run writes to {folder} at this moment: give another --output-dir")
+    except OSError:
+        pass  # a file system without locks
 
 
 # What --resume may change: how the run is computed and for how long, not what it computes.
