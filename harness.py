@@ -199,6 +199,12 @@ def check_args(args) -> None:
             f"--tensor-parallel-size {args.tensor_parallel_size} does not divide the {world_size} "
             "processes"
         )
+    needed = 32 if args.tensor_parallel_size > 1 else 1  # MiB: vLLM's queue of ranks takes 24
+    shared = Path("/dev/shm")
+    if not shared.is_dir() or shutil.disk_usage(shared).free < needed * 2**20:
+        fail(
+            f"/dev/shm has less than {needed} MiB free; in a container, start it with --shm-size=1g"
+        )
     engines = world_size // args.tensor_parallel_size
     if getattr(args, "num_prompts", engines) < engines:
         fail(f"--num-prompts {args.num_prompts}: the {engines} engines need a prompt each")
