@@ -262,12 +262,14 @@ def test_folders(tmp_path, capsys):
 
 
 def warnings_of(capsys, problems, system_prompt="") -> list[str]:
-    args = SimpleNamespace(system_prompt=system_prompt)
-    inputs.warn_of_other_form("x", [{"problem": p, "answer": "1"} for p in problems], args)
+    args = SimpleNamespace(system_prompt=system_prompt, verify_timeout=5.0, max_bad_gold=0)
+    args.grader = "math-verify"
+    found = [{"problem": p, "answer": "1", "id": i} for i, p in enumerate(problems)]
+    assert inputs.check_golds("x", found, None, args) == found
     return capsys.readouterr().out.splitlines()
 
 
-def test_prompts_that_ask_for_another_form(capsys):
+def test_prompts_that_ask_for_another_form(one_rank, capsys):
     """DAPO's, GSM8K's, R1-Zero's: one line a data set, and what the system prompt asks for."""
     [line] = warnings_of(capsys, [[user(DAPO)]] * 9 + ["1+1"])
     assert "9 of 10 prompts of x ask for the answer after 'Answer:'" in line
