@@ -396,26 +396,36 @@ def make_output_dir(args) -> Path:
     if used:
         refuse_changes(folder, {"script": script, **vars(args)})
     wait_for_all()
+    refused = ""
     try:
         folder.mkdir(parents=True, exist_ok=True)  # on every node
         if dist.get_rank() == 0:
             lock_folder(folder)
             text = json.dumps({"script": script, **vars(args)}, indent=2)
             (folder / "args.json").write_text(text + "\n")
+    except BlockingIOError:
+        refused = f"another run writes to {folder} at this moment: give another --output-dir"
     except OSError as error:
-        fail(f"the output folder cannot be written: {error}")
+        refused = f"the output folder cannot be written: {error}"
     wait_for_all()
+    reasons = [None] * dist.get_world_size()
+    dist.all_gather_object(reasons, refused)  # one rank's reason ends all in good order
+    if any(reasons):
+        fail(next(filter(None, reasons)))
     return folder
 
 
 def lock_folder(folder: Path) -> None:
-    """Refuse a folder that a living run writes to. The lock ends with this process, however."""
-    file = open(folder / "args.json", "a")
-    LOCKS.append(file)
+    """Mark the folder as in use until this process ends, in whatever way.
+
+    Raises:
+        BlockingIOError: another living run has marked it.
+    """
+    LOCKS.append(open(folder / "args.json", "a"))
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        fail(f"another run writes to {folder} at this moment: give another --output-dir")
+        raise
     except OSError:
         pass  # a file system without locks
 

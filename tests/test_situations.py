@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 from test_inputs import write
-from test_scripts import ROOT, SMALL, metrics
+from test_scripts import ROOT, SMALL, metrics, run
 from transformers import AutoModelForCausalLM
 
 import harness
@@ -92,17 +92,25 @@ def test_too_little_shared_memory(one_rank, monkeypatch, capsys, free, ranks, re
         harness.check_args(args)
 
 
-def test_two_runs_in_one_folder(one_rank, tmp_path, capsys):
+def test_two_runs_in_one_folder(tmp_path):
     """The second is refused while the first lives, also with --resume, and harms nothing."""
-    args = SimpleNamespace(output_dir=str(tmp_path), model="m", dataset="d", seed=1, resume="auto")
     (tmp_path / "args.json").write_text('{"seed": 1}')
+    flags = ["--num-processes", "2", "--resume", "auto"]
     with open(tmp_path / "args.json") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(SystemExit):
-            harness.make_output_dir(args)
-        assert "error: another run writes to" in capsys.readouterr().err
-        assert (tmp_path / "args.json").read_text() == '{"seed": 1}'
-    harness.make_output_dir(args)
-    with pytest.raises(SystemExit):  # its own lock holds
-        harness.make_output_dir(args)
+        lines = run("dsrl", tmp_path, *flags, code=2).splitlines()
+    assert [line for line in lines if not line.startswith("the model's context")] == [
+        f"error: another run writes to {tmp_path} at this moment: give another --output-dir"
+    ]
+    assert [file.name for file in tmp_path.iterdir()] == ["args.json"]
+    assert (tmp_path / "args.json").read_text() == '{"seed": 1}'
+
+
+def test_the_lock_ends_with_the_run(tmp_path):
+    harness.lock_folder(tmp_path)
+    with pytest.raises(BlockingIOError):
+        harness.lock_folder(tmp_path)
+    while harness.LOCKS:
+        harness.LOCKS.pop().close()
+    harness.lock_folder(tmp_path)
     harness.LOCKS.pop().close()
