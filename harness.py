@@ -8,6 +8,7 @@ import atexit
 import ctypes
 import dataclasses
 import datetime
+import fcntl
 import functools
 import inspect
 import json
@@ -198,6 +199,12 @@ def check_args(args) -> None:
             f"--tensor-parallel-size {args.tensor_parallel_size} does not divide the {world_size} "
             "processes"
         )
+    needed = 32 if args.tensor_parallel_size > 1 else 1  # MiB: vLLM's queue of ranks takes 24
+    shared = Path("/dev/shm")
+    if not shared.is_dir() or shutil.disk_usage(shared).free < needed * 2**20:
+        fail(
+            f"/dev/shm has less than {needed} MiB free; in a container, start it with --shm-size=1g"
+        )
     engines = world_size // args.tensor_parallel_size
     if getattr(args, "num_prompts", engines) < engines:
         fail(f"--num-prompts {args.num_prompts}: the {engines} engines need a prompt each")
@@ -217,11 +224,25 @@ KEEP_MEMORY = {
 }
 
 
+FEWEST_FILES = 256  # that a process may have open; a rank of two needs some 100 on a CPU
+
+
+def raise_open_files() -> None:
+    """Let this process and its children open as many files as they may; refuses a tight limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    if wanted < FEWEST_FILES:
+        fail(f"a process may open only {hard} files, and needs {FEWEST_FILES}: raise ulimit -n")
+
+
 def launch(main, args) -> None:
     """Run main(args) in one process per GPU (`--num-processes` on a CPU), or as torchrun's rank.
 
     Processes are started by torch.distributed.run, which is what `torchrun` calls.
     """
+    raise_open_files()
     if "RANK" in os.environ:
         code = 0
         try:
@@ -356,6 +377,9 @@ def shutdown(engine) -> None:
 # ------------------------------------------------------------------------------------ output folder
 
 
+LOCKS = []  # files that stay open: see lock_folder()
+
+
 def make_output_dir(args) -> Path:
     """The run's folder, the same on every rank, with args.json."""
     script = Path(sys.argv[0]).stem
@@ -372,15 +396,38 @@ def make_output_dir(args) -> Path:
     if used:
         refuse_changes(folder, {"script": script, **vars(args)})
     wait_for_all()
+    refused = ""
     try:
         folder.mkdir(parents=True, exist_ok=True)  # on every node
         if dist.get_rank() == 0:
+            lock_folder(folder)
             text = json.dumps({"script": script, **vars(args)}, indent=2)
             (folder / "args.json").write_text(text + "\n")
+    except BlockingIOError:
+        refused = f"another run writes to {folder} at this moment: give another --output-dir"
     except OSError as error:
-        fail(f"the output folder cannot be written: {error}")
+        refused = f"the output folder cannot be written: {error}"
     wait_for_all()
+    reasons = [None] * dist.get_world_size()
+    dist.all_gather_object(reasons, refused)  # one rank's reason ends all in good order
+    if any(reasons):
+        fail(next(filter(None, reasons)))
     return folder
+
+
+def lock_folder(folder: Path) -> None:
+    """Mark the folder as in use until this process ends, in whatever way.
+
+    Raises:
+        BlockingIOError: another living run has marked it.
+    """
+    LOCKS.append(open(folder / "args.json", "a"))
+    try:
+        fcntl.flock(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        pass  # a file system without locks
 
 
 # What --resume may change: how the run is computed and for how long, not what it computes.

@@ -1,13 +1,16 @@
 """What a run reads: the model's files and BOS, problems and their prompts."""
 
+import collections
 import datetime
 import json
 import os
 import random
+import re
 from pathlib import Path
 
 import torch.distributed as dist
 
+import data
 import grading
 from harness import announce, fail, first_line, wait_for_all
 
@@ -163,69 +166,56 @@ def fit_context(args, config) -> None:
 
 # ----------------------------------------------------------------------------------------- problems
 
-# name -> (hub id, split). The only place where hub ids of data sets are written.
-HUB_DATASETS = {
-    "math": ("DigitalLearningGmbH/MATH-lighteval", "train"),
-    "math500": ("HuggingFaceH4/MATH-500", "test"),
-    "aime24": ("HuggingFaceH4/aime_2024", "train"),
-    "aime25": ("math-ai/aime25", "test"),
-    "amc23": ("math-ai/amc23", "test"),
-    "minerva": ("math-ai/minervamath", "test"),
-    "olympiadbench": ("math-ai/olympiadbench", "test"),
-}
-
 
 def load_problems(name: str, split: str) -> list[dict]:
-    """[{"problem": text or chat messages, "answer": LaTeX}], each problem once.
+    """[{"problem": text or chat messages, "answer": LaTeX, "row": from 0}], each problem once.
+
+    What is left out is counted aloud.
 
     Args:
         name: math, lab, arithmetic, an evaluation set's short name, a hub id (OWNER/NAME, or
-            OWNER/NAME:SUBSET), or a .parquet/.jsonl.
-        split: "train" or "test"; only lab, arithmetic and other hub ids have both.
+            OWNER/NAME:SUBSET), a .parquet or .jsonl, or a folder of these.
+        split: "train" or "test"; only lab, arithmetic, folders and other hub ids have both.
     """
-    if name in ("lab", "arithmetic"):
-        from lab import arithmetic, task
-
-        rows = (task if name == "lab" else arithmetic).problems(split)
-    else:
-        import datasets
-
-        datasets.disable_progress_bars()
-        try:
-            if name.endswith((".parquet", ".jsonl")):
-                kind = "json" if name.endswith(".jsonl") else "parquet"
-                rows = datasets.load_dataset(kind, data_files=name, split="train")
+    problems, columns, placeholders = {}, None, collections.Counter()
+    unanswered = repeated = different = 0
+    try:
+        for number, row in enumerate(data.read_rows(name, split)):
+            columns = list(row) if columns is None else columns
+            try:
+                problem, answer = data.read_row(row)
+            except ValueError as error:
+                fail(f"data set {name}, row {number}, {error}")
+            if not problem or not answer or not answer.strip():
+                unanswered += 1
+            elif data.is_placeholder(answer):
+                placeholders[answer.strip()] += 1
             else:
-                hub_id, split = HUB_DATASETS.get(name, (name, split))
-                hub_id, _, subset = hub_id.partition(":")
-                rows = datasets.load_dataset(hub_id, subset or None, split=split)
-        except Exception as error:
-            fail(f"data set {name} cannot be loaded: {first_line(error)}")
-    problems, unanswered = {}, 0
-    for row in rows:
-        problem = next((row[k] for k in ("problem", "question", "prompt") if row.get(k)), None)
-        graded = row.get("reward_model") or {}
-        given = (row.get("final_answer"), row.get("answer"), graded.get("ground_truth"))
-        answer = next((value for value in given if value not in (None, "", [])), None)
-        alternatives = isinstance(answer, list) and answer is not row.get("final_answer")
-        if answer is None and isinstance(row.get("solution"), str):
-            answer = grading.last_boxed(row["solution"])
-        if alternatives and len(answer) > 1:  # any of them will do: see answers.references
-            answer = json.dumps([str(one) for one in answer])
-        elif isinstance(answer, list):  # OlympiadBench's final_answer: all of them together
-            answer = ", ".join(map(str, answer))
-        answer = "" if answer is None else str(answer).rpartition("#### ")[2]  # GSM8K's mark
-        if not problem or not answer:
-            unanswered += 1
-        else:
-            problems.setdefault(str(problem), {"problem": problem, "answer": answer})
+                new = {"problem": problem, "answer": answer, "row": number}
+                first = problems.setdefault(str(problem), new)
+                repeated += first is not new
+                different += first["answer"].strip() != answer.strip()
+    except Exception as error:
+        fail(f"data set {name} cannot be loaded: {first_line(error)}")
+    if columns is None:
+        fail(f"data set {name} cannot be loaded: it has no rows")
+    if unanswered:
+        announce(f"data set {name}: {unanswered} rows without problem or answer are left out")
+    if placeholders:
+        words = ", ".join(f"{word!r} {count}" for word, count in placeholders.most_common(5))
+        announce(
+            f"data set {name}: {placeholders.total()} rows are left out, as a placeholder stands "
+            f"for their answer ({words})"
+        )
+    if repeated:
+        other = f"; {different} of them have another answer, which is not used" if different else ""
+        announce(f"data set {name}: {repeated} rows repeat an earlier problem: left out{other}")
     if not problems:
         fail(
             f"data set {name}: no row has a problem (column problem, question or prompt) and an "
-            "answer (column answer, solution or reward_model.ground_truth)"
+            "answer (column answer, solution or reward_model.ground_truth); the columns are "
+            f"{', '.join(columns)}"
         )
-    if unanswered:
-        announce(f"data set {name}: {unanswered} rows without problem or answer are left out")
     return list(problems.values())
 
 
@@ -239,12 +229,7 @@ def encode_prompts(problems: list[dict], tokenizer, args) -> list[dict]:
     day = datetime.date.fromisoformat(getattr(args, "date", str(datetime.date.today())))
     for i, problem in enumerate(problems):
         problem["id"] = i
-        messages = problem["problem"]
-        if isinstance(messages, str):
-            messages = [{"role": "user", "content": messages}]
-        if args.system_prompt:
-            messages = [m for m in messages if m["role"] != "system"]
-            messages = [{"role": "system", "content": args.system_prompt}, *messages]
+        messages = chat_of(problem, args)
         if tokenizer.chat_template:
             if not merged and messages[0]["role"] == "system":
                 merged = not keeps_system_prompt(messages, tokenizer)
@@ -274,6 +259,47 @@ def encode_prompts(problems: list[dict], tokenizer, args) -> list[dict]:
     return kept
 
 
+def chat_of(problem: dict, args) -> list[dict]:
+    """The messages of a prompt, with --system-prompt in the place of the data's own."""
+    messages = problem["problem"]
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    if args.system_prompt:
+        messages = [m for m in messages if m["role"] != "system"]
+        messages = [{"role": "system", "content": args.system_prompt}, *messages]
+    return messages
+
+
+# Where a prompt may ask for the answer, other than in a box: DAPO's, GSM8K's and R1-Zero's prompts.
+OTHER_FORMS = {
+    "after 'Answer:'": r"(?i)\b(?:form|format|after|with|by|as|write|line|print|output|say)\b"
+    r"[ :\"'`“‘*]{1,5}(?:the )?(?:final )?answer(?: is)?[*\"'`]*:",
+    "after '####'": r"####",
+    "in <answer> tags": r"<answer>",
+}
+
+
+def warn_of_other_form(name: str, problems: list[dict], args) -> None:
+    r"""One line if a tenth of the prompts or more ask for the answer elsewhere than in \boxed{}."""
+    counts, boxed = collections.Counter(), 0
+    for problem in problems:
+        text = "\n".join(message["content"] for message in chat_of(problem, args))
+        asked = [form for form, pattern in OTHER_FORMS.items() if re.search(pattern, text)]
+        counts.update(asked[:1])
+        boxed += bool(asked) and re.search(r"\\f?box(ed)?\b|\bbox", text) is not None
+    if counts.total() < max(1, len(problems) / 10):
+        return
+    if boxed == counts.total():
+        also = "They ask for a box as well: a response that has none scores 0"
+    else:
+        also = "They ask for no box, so that the responses score 0"
+    announce(
+        f"WARNING: {counts.total()} of {len(problems)} prompts of {name} ask for the answer "
+        f"{counts.most_common(1)[0][0]}, but only \\boxed{{}} is read. {also}. docs/forking.md "
+        "has the lines that read another form"
+    )
+
+
 def keeps_system_prompt(messages: list[dict], tokenizer) -> bool:
     """Does the chat template render the system prompt? Gemma's raises, others drop it silently."""
     try:
@@ -298,15 +324,17 @@ def check_golds(name: str, problems: list[dict], pool, args, at_least: int = 1) 
 
     Every rank checks its part. Refuses a data set with more of them than --max-bad-gold, as against
     such golds every answer, right or wrong, would score 0; and one in which fewer than `at_least`
-    problems remain.
+    problems remain. Warns of prompts that ask for another form of the answer.
     """
+    warn_of_other_form(name, problems, args)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     golds = [p["answer"] for p in problems]
     found = [None] * world_size
     dist.all_gather_object(found, grading.bad_golds(pool, golds[rank::world_size], args))
     bad = {rank + world_size * i for rank, part in enumerate(found) for i in part}
     kept = [p for i, p in enumerate(problems) if i not in bad]
-    shown = "; ".join(f"row {problems[i]['id']}: {golds[i][:60]!r}" for i in sorted(bad)[:5])
+    rows = {i: problems[i].get("row", problems[i]["id"]) for i in sorted(bad)[:5]}
+    shown = "; ".join(f"row {row}: {golds[i][:60]!r}" for i, row in rows.items())
     more = f"; and {len(bad) - 5} more" if len(bad) > 5 else ""
     message = f"{name}: {len(bad)} of {len(problems)} gold answers cannot be read ({shown}{more})"
     if len(bad) > args.max_bad_gold * len(problems):
