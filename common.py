@@ -326,7 +326,7 @@ def rollout(
         SamplingParams(
             n=num_samples,
             temperature=args.temperature,
-            top_p=args.top_p,
+            top_p=getattr(args, "top_p", 1.0),  # evaluations have it
             max_tokens=args.max_completion_length,
             seed=random.Random(f"{seed} {problems[i]['id']}").getrandbits(31),
             stop_token_ids=stop,
@@ -364,18 +364,18 @@ def gather(samples: list[dict]) -> list[dict]:
     return sorted((s for part in parts for s in part), key=lambda s: s["index"])
 
 
-def verify(samples: list[dict], golds: list[str], tokenizer, verifier, args) -> dict:
+def verify(samples: list[dict], references: list[str], tokenizer, verifier, args) -> dict:
     """Add text, reward and thoughts to this rank's samples; a truncated response gets reward 0.
 
     Args:
-        golds: the answer of each of the step's samples, by index.
+        references: the reference answer of each of the step's samples, by index.
 
     Returns:
         the counts timeouts and errors.
     """
     texts = tokenizer.batch_decode([s["ids"] for s in samples], skip_special_tokens=True)
-    answers = [golds[s["index"]] for s in samples]
-    rewards, timeouts, errors = grading.verify(verifier, texts, answers, args)
+    wanted = [references[s["index"]] for s in samples]
+    rewards, timeouts, errors = grading.verify(verifier, texts, wanted, args)
     for sample, text, reward in zip(samples, texts, rewards):
         sample["reward"] = 0.0 if sample["truncated"] else reward
         sample["text"], sample["length"] = text, len(sample["ids"])
@@ -685,9 +685,12 @@ def make_optimizer(policy, args):
     )
 
 
-def optimizer_step(policy, optimizer, max_norm: float) -> float:
+MAX_GRAD_NORM = 1.0  # the paper's
+
+
+def optimizer_step(policy, optimizer) -> float:
     """Clip the gradients and step, unless they are not finite. Returns their norm before."""
-    norm = clip_gradients(policy, max_norm)
+    norm = clip_gradients(policy, MAX_GRAD_NORM)
     if math.isfinite(norm):
         optimizer.step()
     optimizer.zero_grad()
@@ -882,14 +885,14 @@ def canary(policy, prompts: list[list[int]], samples: list[dict], args, device) 
 
 
 def check_gap(gap: float, args) -> None:
-    """Stop if the engine's log-probs have left the trainer's (not comparable for top-p < 1)."""
+    """Stop if the engine's log-probs have left the trainer's."""
     limit = 0.001 if args.dtype == "float32" else 0.1
     if math.isnan(gap):
         raise RuntimeError(
             "sync/logprob_gap is NaN: a weight is not finite. The last checkpoint is sound; a "
             "smaller --learning-rate may help"
         )
-    if args.top_p == 1 and not gap <= limit:
+    if not gap <= limit:
         raise RuntimeError(
             f"sync/logprob_gap is {gap:.4g}, over {limit:g}: the engine samples from another "
             "policy than the trainer's, so this step's update would be wrong"

@@ -53,10 +53,6 @@ class Args:
     """nucleus of sampling"""
     grader: Literal["math-verify", "boxed-string"] = "math-verify"
     """rules for spelling and then math-verify's algebra, or the authors' comparison of strings"""
-    verify_timeout: float = 5.0
-    """CPU seconds that verifying one answer may take; after that it scores 0"""
-    max_bad_gold: float = 0.01
-    """share of gold answers that the grader may fail to read (left out); more is refused"""
 
     num_processes: int = 0
     """0 = one per GPU, or one on a CPU"""
@@ -78,7 +74,7 @@ def main(args: Args) -> None:
     inputs.fit_context(args, config)
     problems = {n: inputs.encode_prompts(p, tokenizer, args) for n, p in problems.items()}
     verifier = grading.start_verifier()
-    problems = {n: inputs.check_golds(n, p, verifier, args) for n, p in problems.items()}
+    problems = {n: inputs.check_references(n, p, verifier, args) for n, p in problems.items()}
     folder = harness.make_output_dir(args)
     say = harness.quiet(folder)
     say(f"{args.model} on {world_size} ranks, output in {folder}")

@@ -71,14 +71,8 @@ class Args:
     """tokens; cut to the model's context"""
     temperature: float = 1.0
     """of sampling and of the log-probs"""
-    top_p: float = 1.0
-    """nucleus of sampling"""
     grader: Literal["math-verify", "boxed-string"] = "math-verify"
     """rules for spelling and then math-verify's algebra, or the authors' comparison of strings"""
-    verify_timeout: float = 5.0
-    """CPU seconds that verifying one answer may take; after that it scores 0"""
-    max_bad_gold: float = 0.01
-    """share of gold answers that the grader may fail to read (left out); more is refused"""
 
     num_processes: int = 0
     """0 = one per GPU, or one on a CPU"""
@@ -110,7 +104,7 @@ def main(args: Args) -> None:
     if wanted < len(problems):
         problems = random.Random(args.seed).sample(problems, wanted)
     verifier = grading.start_verifier()
-    problems = inputs.check_golds(args.dataset, problems, verifier, args)
+    problems = inputs.check_references(args.dataset, problems, verifier, args)
     folder = harness.make_output_dir(args)
     say = harness.quiet(folder)
     say(f"{args.model}: {len(problems)} problems x {args.num_generations}, output in {folder}")

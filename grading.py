@@ -1,4 +1,4 @@
-r"""Is an answer right? The last \boxed{} of a response against the gold answer.
+r"""Is an answer correct? The last \boxed{} of a response against the reference answer.
 
 Judging runs in worker processes: algebra on hostile answers may hang, eat memory or crash, and none
 of this may reach the run. A worker past its deadline is killed and replaced, the answer scores 0.
@@ -20,7 +20,8 @@ BOXES = re.compile(
 )
 INTEGER = re.compile(r"-?[0-9]{1,15}")
 MEMORY = 1 << 30  # bytes a worker may take for an answer
-WAIT = 20  # seconds, and times --verify-timeout: when a worker that got no CPU time is given up
+TIMEOUT = 5.0  # CPU seconds that verifying one answer may take; after that it scores 0
+WAIT = 20  # seconds, and times TIMEOUT: when a worker that got no CPU time is given up
 LONGEST = 1000  # characters; no answer is longer, and parsing time grows fast
 
 
@@ -79,7 +80,7 @@ def start_verifier():
     return pool
 
 
-def judge(answer: str, gold: str, seconds: float) -> bool:
+def judge(answer: str, reference: str, seconds: float) -> bool:
     """One verdict. The kernel kills this worker when it has computed for `seconds`.
 
     It counts the process's own time, so that the verdict does not depend on what else the machine
@@ -87,12 +88,12 @@ def judge(answer: str, gold: str, seconds: float) -> bool:
     """
     signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
-        return math_verify_equal(answer, gold)
+        return math_verify_equal(answer, reference)
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
 
 
-def math_verify_equal(answer: str, gold: str) -> bool:
+def math_verify_equal(answer: str, reference: str) -> bool:
     """Does an answer say the same as the reference? Runs in a verifier process.
 
     The outer shape (list, interval, unit, base, ...) is read by the rules of answers.py. Plain
@@ -100,13 +101,12 @@ def math_verify_equal(answer: str, gold: str) -> bool:
     """
     from algebra import same_expression
 
-    return answers.equal(answer, gold, same_expression)
+    return answers.equal(answer, reference, same_expression)
 
 
-def submit(pool, answer: str, gold: str, args):
-    """A verdict to come, within --verify-timeout of the worker's CPU time."""
-    seconds = args.verify_timeout
-    return pool.schedule(judge, args=(answer, gold, seconds), timeout=WAIT + WAIT * seconds)
+def submit(pool, function, *words: str):
+    """A verdict to come, within TIMEOUT seconds of the worker's CPU time."""
+    return pool.schedule(function, args=(*words, TIMEOUT), timeout=WAIT + WAIT * TIMEOUT)
 
 
 def out_of_time(error: Exception) -> bool:
@@ -114,26 +114,26 @@ def out_of_time(error: Exception) -> bool:
     return isinstance(error, TimeoutError) or getattr(error, "exitcode", 0) == -signal.SIGPROF
 
 
-def verify(pool, texts: list[str], golds: list[str], args) -> tuple[list[float], int, int]:
+def verify(pool, texts: list[str], references: list[str], args) -> tuple[list[float], int, int]:
     r"""Reward r ∈ {0, 1} of each response, with the numbers of time-outs and errors.
 
     Only the content of the last \boxed{} is judged. Equal strings and equal integers need no
     algebra; the others go to the pool, each distinct pair once.
     """
-    pairs = [(last_boxed(text), gold.strip()) for text, gold in zip(texts, golds)]
+    pairs = [(last_boxed(text), reference.strip()) for text, reference in zip(texts, references)]
     verdicts, futures = {}, {}
-    for answer, gold in set(pairs):
+    for answer, reference in set(pairs):
         if not answer or len(answer) > LONGEST:
-            verdicts[answer, gold] = False
+            verdicts[answer, reference] = False
         elif args.grader == "boxed-string":
-            wanted = [answers.bare_string(one) for one in answers.references(gold)]
-            verdicts[answer, gold] = answers.bare_string(answer) in wanted
-        elif answer == gold:
-            verdicts[answer, gold] = True
-        elif INTEGER.fullmatch(answer) and INTEGER.fullmatch(gold):
-            verdicts[answer, gold] = int(answer) == int(gold)
+            wanted = [answers.bare_string(one) for one in answers.references(reference)]
+            verdicts[answer, reference] = answers.bare_string(answer) in wanted
+        elif answer == reference:
+            verdicts[answer, reference] = True
+        elif INTEGER.fullmatch(answer) and INTEGER.fullmatch(reference):
+            verdicts[answer, reference] = int(answer) == int(reference)
         else:
-            futures[answer, gold] = submit(pool, answer, gold, args)
+            futures[answer, reference] = submit(pool, judge, answer, reference)
     timeouts = errors = 0
     for pair, future in futures.items():
         verdicts[pair] = False
@@ -145,36 +145,35 @@ def verify(pool, texts: list[str], golds: list[str], args) -> tuple[list[float],
     return [float(verdicts[pair]) for pair in pairs], timeouts, errors
 
 
-def judge_gold(gold: str, seconds: float) -> bool:
+def judge_reference(reference: str, seconds: float) -> bool:
     """Does a usual form of a reference answer meet it? Runs in a verifier process, as judge."""
     from algebra import same_value
 
     signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
-        return answers.meets_itself(gold, same_value)
+        return answers.meets_itself(reference, same_value)
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
 
 
-def bad_golds(pool, golds: list[str], args) -> list[int]:
+def bad_references(pool, references: list[str], args) -> list[int]:
     """Indices of the reference answers that no usual form of themselves meets.
 
     Each is written again as a model would write it, and that is judged against it: a reference
     that is broken equals itself as a string, but no answer. With --grader boxed-string only empty
     ones are bad.
     """
-    wait = WAIT + WAIT * args.verify_timeout
     futures = {
-        gold: pool.schedule(judge_gold, args=(gold, args.verify_timeout), timeout=wait)
-        for gold in {gold.strip() for gold in golds}
-        if args.grader == "math-verify" and gold and not INTEGER.fullmatch(gold)
+        reference: submit(pool, judge_reference, reference)
+        for reference in {reference.strip() for reference in references}
+        if args.grader == "math-verify" and reference and not INTEGER.fullmatch(reference)
     }
     bad = {""}
-    for gold, future in futures.items():
+    for reference, future in futures.items():
         try:
             met = future.result()
         except Exception:
             met = False
         if not met:
-            bad.add(gold)
-    return [i for i, gold in enumerate(golds) if gold.strip() in bad]
+            bad.add(reference)
+    return [i for i, reference in enumerate(references) if reference.strip() in bad]

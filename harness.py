@@ -167,23 +167,16 @@ def check_args(args) -> None:
     world_size = dist.get_world_size()
     positive = "num_prompts num_generations num_samples num_minibatches max_prompt_length"
     positive += " max_completion_length eval_num_samples tensor_parallel_size"
-    for name in (positive + " temperature learning_rate max_grad_norm verify_timeout").split():
+    for name in (positive + " temperature learning_rate").split():
         if not 0 < getattr(args, name, 1) < math.inf:
             fail(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
     floors = "weight_decay warmup_steps clip_low clip_high tis_cap"
     floors += " positive_weight negative_weight eval_every save_every num_steps alignment_every"
-    floors += " max_bad_gold"
     for name in floors.split():
         if not 0 <= getattr(args, name, 0) < math.inf:
             fail(f"--{name.replace('_', '-')} must be 0 or more, not {getattr(args, name)}")
-    if not 0 < args.top_p <= 1:
+    if not 0 < getattr(args, "top_p", 1) <= 1:
         fail(f"--top-p must be in (0, 1], not {args.top_p}")
-    if getattr(args, "tis_cap", 0) and args.top_p < 1:
-        fail(
-            f"--tis-cap {args.tis_cap:g} with --top-p {args.top_p:g}: the sampler's log-probs are "
-            "normalised over the nucleus, the trainer's over the vocabulary; their ratio means "
-            "nothing. Use one of the two"
-        )
     if getattr(args, "num_generations", 2) == 1:
         alone = {"reinforce++": not getattr(args, "warmup_steps", 0), "sign": True}
         if not alone.get(getattr(args, "advantage", "mean")):  # a warm-up's is r - group mean
@@ -434,7 +427,7 @@ def lock_folder(folder: Path) -> None:
 MAY_CHANGE = set(
     "preset num_steps output_dir resume num_processes tensor_parallel_size gpu_memory_utilization "
     "max_tokens_per_microbatch gradient_checkpointing cpu_offload save_every eval_every track "
-    "alignment_every verify_timeout".split()
+    "alignment_every".split()
 )
 
 

@@ -29,7 +29,7 @@ SHORT = {"warmup_steps": "S", "learning_rate": "lr"}
 IGNORED = set(
     "script preset seed output_dir resume num_steps eval_every save_every track num_processes "
     "tensor_parallel_size gpu_memory_utilization max_tokens_per_microbatch gradient_checkpointing "
-    "cpu_offload alignment_every verify_timeout date".split()
+    "cpu_offload alignment_every date".split()
 )
 # Okabe and Ito's colours, told apart by colour-blind readers, and a line style for print.
 COLOURS = ["#000000", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#8C8C00"]

@@ -24,25 +24,28 @@ from test_grading import hostile  # noqa: E402
 import grading  # noqa: E402
 
 
-def check_golds(pool, golds: list[str]) -> dict:
-    args = SimpleNamespace(verify_timeout=5.0, grader="math-verify")
+def check_references(pool, references: list[str]) -> dict:
+    args = SimpleNamespace(grader="math-verify")
     start = time.perf_counter()
-    bad = grading.bad_golds(pool, golds, args)
+    bad = grading.bad_references(pool, references, args)
     seconds = time.perf_counter() - start
     return {
-        "golds": len(golds),
-        "met": len(golds) - len(bad),
-        "empty": sum(not gold.strip() for gold in golds),
-        "not_met": sorted({golds[i] for i in bad if golds[i].strip()}),
-        "seconds_per_1000": round(1000 * seconds / len(golds), 2),
+        "references": len(references),
+        "met": len(references) - len(bad),
+        "empty": sum(not reference.strip() for reference in references),
+        "not_met": sorted({references[i] for i in bad if references[i].strip()}),
+        "seconds_per_1000": round(1000 * seconds / len(references), 2),
     }
 
 
 def judge_answers(pool, pairs: list[tuple[str, str]], timeout: float) -> dict:
-    args = SimpleNamespace(verify_timeout=timeout, grader="math-verify")
+    args = SimpleNamespace(grader="math-verify")
+    grading.TIMEOUT = timeout
     texts = [f"\\boxed{{{answer}}}" for answer, _ in pairs]
     start = time.perf_counter()
-    rewards, timeouts, errors = grading.verify(pool, texts, [gold for _, gold in pairs], args)
+    rewards, timeouts, errors = grading.verify(
+        pool, texts, [reference for _, reference in pairs], args
+    )
     seconds = time.perf_counter() - start
     return {
         "answers": len(pairs),
@@ -56,11 +59,11 @@ def judge_answers(pool, pairs: list[tuple[str, str]], timeout: float) -> dict:
 
 def main(files: list[str]) -> None:
     pool = grading.start_verifier()
-    result = {"cores": len(os.sched_getaffinity(0)), "golds": {}}
+    result = {"cores": len(os.sched_getaffinity(0)), "references": {}}
     for file in files:
         rows = pyarrow.parquet.read_table(file, columns=["reward_model"]).to_pylist()
-        golds = [row["reward_model"]["ground_truth"] or "" for row in rows]
-        result["golds"][Path(file).stem] = check_golds(pool, golds)
+        references = [row["reward_model"]["ground_truth"] or "" for row in rows]
+        result["references"][Path(file).stem] = check_references(pool, references)
     ordinary = [(f"\\frac{{{i}}}{{{i % 9 + 2}}}", f"{i}/{i % 9 + 2}") for i in range(1, 1001)]
     ordinary += [(f"{i}\\sqrt{{3}}+x^2", f"x^2+{i}\\sqrt{{3}}") for i in range(1000)]
     result["ordinary"] = judge_answers(pool, ordinary, timeout=5.0)

@@ -41,8 +41,7 @@ METRICS = {
     "completion/length": "mean tokens of a response, EOS included",
     "completion/truncated": "share of responses cut at --max-completion-length",
     "completion/boxed": "share of responses with a \\boxed{} answer",
-    "policy/entropy": "of π(·\\|x), nats per token, estimated by −log π of the sampled tokens (of "
-    "the nucleus, if --top-p is below 1)",
+    "policy/entropy": "of π(·\\|x), nats per token, estimated by −log π of the sampled tokens",
     "policy/loss": "the loss whose gradient was taken, added up over mini-batches; not comparable "
     "between methods",
     "policy/grad_norm": "before clipping, of the last mini-batch; null when no sample counted",

@@ -22,7 +22,7 @@ def collect(args, tokenizer, bos: int, problems, ys, r, before, updates) -> dict
         before: per response, (log π(y_t|x,y_<t) [T], log π(y_t|BOS,y_<t) [T]).
         updates: method -> (A, in_loss, given x?, loss, gradient, `before` after the update).
     """
-    methods, grpo_gradient = [], updates["GRPO"][4]
+    methods, grpo_gradient = [], updates["GRPO"][4].double()
     for name, (A, in_loss, given_x, loss, gradient, after) in updates.items():
         kept = in_loss.flatten().tolist()
         methods.append(
@@ -33,8 +33,8 @@ def collect(args, tokenizer, bos: int, problems, ys, r, before, updates) -> dict
                 "in_loss": kept,
                 "tokens": sum(len(y) for y, k in zip(ys, kept) if k),
                 "loss": loss,
-                "norm": gradient.norm().item(),
-                "cosine": torch.cosine_similarity(gradient, grpo_gradient, 0).item(),
+                "norm": gradient.double().norm().item(),
+                "cosine": cosine(gradient.double(), grpo_gradient),
                 "change_x": [(a[0] - b[0]).sum().item() for a, b in zip(after, before)],
                 "change_bos": [(a[1] - b[1]).sum().item() for a, b in zip(after, before)],
             }
@@ -66,6 +66,11 @@ def collect(args, tokenizer, bos: int, problems, ys, r, before, updates) -> dict
         ],
         "methods": methods,
     }
+
+
+def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Of two float64 vectors: in float32 the sums over millions of weights are off by percents."""
+    return (a @ b / (a.norm() * b.norm())).item()
 
 
 def read_values(file: Path) -> dict:

@@ -25,7 +25,6 @@ args = types.SimpleNamespace(
     max_prompt_length=16,
     max_completion_length=32,
     temperature=0.8,
-    top_p=1.0,
     seed=1,
     gradient_checkpointing=False,
     cpu_offload=False,

@@ -26,9 +26,11 @@ def pool():
 
 
 def rewards(pool, pairs, timeout=5.0, grader="math-verify"):
-    args = SimpleNamespace(verify_timeout=timeout, grader=grader)
+    args = SimpleNamespace(grader=grader)
     texts = [f"so \\boxed{{{answer}}}." for answer, _ in pairs]
-    return grading.verify(pool, texts, [gold for _, gold in pairs], args)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grading, "TIMEOUT", timeout)
+        return grading.verify(pool, texts, [gold for _, gold in pairs], args)
 
 
 def test_right_and_wrong_answers(pool):
@@ -77,7 +79,7 @@ def test_last_boxed():
 
 
 def test_only_the_last_closed_box_counts(pool):
-    args = SimpleNamespace(verify_timeout=5.0, grader="math-verify")
+    args = SimpleNamespace(grader="math-verify")
     texts = ["5", "\\boxed{4} \\boxed{5}", "\\boxed{5} \\boxed{4}", "\\boxed{5} \\boxed{4"]
     assert grading.verify(pool, texts, ["5"] * 4, args)[0] == [0.0, 1.0, 0.0, 1.0]
 
@@ -187,12 +189,12 @@ def test_the_rules_examples():
         assert not failed and tried
 
 
-def test_a_worker_that_waits_loses_no_time(pool):
-    """Stopped for longer than --verify-timeout, as on a busy machine, it gives the same verdict."""
+def test_a_worker_that_waits_loses_no_time(pool, monkeypatch):
+    """Stopped for longer than its CPU time, as on a busy machine, it gives the same verdict."""
     slow = ("(x+1)^{60}(x-1)^{60}", "(x^2-1)^{60}")
     verdict = rewards(pool, [slow], timeout=20.0)
-    args = SimpleNamespace(verify_timeout=1.5, grader="math-verify")
-    future = grading.submit(pool, *slow, args)
+    monkeypatch.setattr(grading, "TIMEOUT", 1.5)
+    future = grading.submit(pool, grading.judge, *slow)
     workers = [worker.pid for worker in pool._pool_manager.worker_manager.workers.values()]
     for stopped in (signal.SIGSTOP, signal.SIGCONT):
         for pid in workers:
@@ -416,7 +418,7 @@ def test_hostile_answers(pool, tmp_path):
 
 def test_hostile_responses_outside_the_box(pool):
     """Whole responses: unclosed, nested, repeated and absent boxes, a megabyte of text."""
-    args = SimpleNamespace(verify_timeout=2.0, grader="math-verify")
+    args = SimpleNamespace(grader="math-verify")
     cases = [
         ("", 0), ("5", 0), ("\\boxed{5", 0), ("\\boxed{}", 0),
         ("\\boxed 5", 1), ("\\boxed {5}", 1), ("\\boxed{5} or \\boxed{}", 1), ("\\fbox{5}", 1),
@@ -452,9 +454,9 @@ def test_lists_of_references(tmp_path):
         assert [p["answer"] for p in problems] == [wanted[i]]
 
 
-def test_bad_golds(pool):
+def test_bad_references(pool):
     """Those that no usual form of themselves meets, though every one equals itself as a string."""
-    args = SimpleNamespace(verify_timeout=2.0, grader="math-verify")
+    args = SimpleNamespace(grader="math-verify")
     fine = [
         "5",
         "\\frac{1}{2}",
@@ -478,10 +480,10 @@ def test_bad_golds(pool):
     fine += ['["1/2", "0.5"]', "\\begin{pmatrix}\\frac35&1\\frac35&1\\end{pmatrix}", "2:3", "50\\%"]
     bad = ["", "}{", " ", "$", "\\text{}", "\\begin{pmatrix}1&2\\\\3\\end{pmatrix}"]
     bad += ["2007+\\frac{\\}{p}i2", "\\frac{1}{"]
-    found = grading.bad_golds(pool, fine + bad, args)
+    found = grading.bad_references(pool, fine + bad, args)
     assert found == list(range(len(fine), len(fine + bad)))
     args.grader = "boxed-string"
-    assert grading.bad_golds(pool, ["5", "", "}{", " "], args) == [1, 3]
+    assert grading.bad_references(pool, ["5", "", "}{", " "], args) == [1, 3]
 
 
 AUTHORS = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -491,13 +493,13 @@ AUTHORS = Path(__file__).resolve().parents[2] / "shared" / "data"
 def test_every_gold_of_the_papers_data_is_met(pool):
     import pyarrow.parquet
 
-    args = SimpleNamespace(verify_timeout=5.0, grader="math-verify")
+    args = SimpleNamespace(grader="math-verify")
     count, unreadable = {}, {}
     for file in sorted(AUTHORS.glob("*.parquet")):
         table = pyarrow.parquet.read_table(file, columns=["reward_model"]).to_pylist()
         golds = [row["reward_model"]["ground_truth"] or "" for row in table]
         count[file.stem] = len(golds)
-        unreadable[file.stem] = [golds[i] for i in grading.bad_golds(pool, golds, args)]
+        unreadable[file.stem] = [golds[i] for i in grading.bad_references(pool, golds, args)]
     # One row lost \\pi to an escape: its 2007+\\frac{\\pi}{2} is met by no answer.
     broken = ["2007+\\frac{\\}{p}i2"]
     assert count["math_train"] == 7500

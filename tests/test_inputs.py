@@ -262,10 +262,10 @@ def test_folders(tmp_path, capsys):
 
 
 def warnings_of(capsys, problems, system_prompt="") -> list[str]:
-    args = SimpleNamespace(system_prompt=system_prompt, verify_timeout=5.0, max_bad_gold=0)
+    args = SimpleNamespace(system_prompt=system_prompt)
     args.grader = "math-verify"
     found = [{"problem": p, "answer": "1", "id": i} for i, p in enumerate(problems)]
-    assert inputs.check_golds("x", found, None, args) == found
+    assert inputs.check_references("x", found, None, args) == found
     return capsys.readouterr().out.splitlines()
 
 
@@ -296,9 +296,15 @@ def test_the_documented_way_to_accept_it():
     texts = ["so\nAnswer: 12", "12", "\\boxed{12}\nAnswer: 13", "Answer: 12"]
     samples = [{"text": text, "index": 0, "reward": 0.0, "truncated": False} for text in texts]
     samples[2]["reward"], samples[3]["truncated"] = 1.0, True
-    args = SimpleNamespace(grader="math-verify", verify_timeout=5.0)
+    args = SimpleNamespace(grader="math-verify")
     exec(
         code,
-        {"samples": samples, "golds": ["12"], "grading": grading, "args": args, "verifier": None},
+        {
+            "samples": samples,
+            "references": ["12"],
+            "grading": grading,
+            "args": args,
+            "verifier": None,
+        },
     )
     assert [s["reward"] for s in samples] == [1.0, 0.0, 1.0, 0.0]

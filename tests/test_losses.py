@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import common
+import data
 import grad_alignment
 import grading
 import inputs
@@ -22,7 +23,7 @@ from benchmark import estimate, flops, growth, hardware, study, token_passes
 MEAN, GRPO, RLOO, REINFORCE, SIGN = "mean", "grpo", "rloo", "reinforce++", "sign"
 
 
-MODULES = [common, inputs, grading, thoughts, plot, grad_alignment]
+MODULES = [common, inputs, data, grading, thoughts, plot, grad_alignment]
 MODULES += [estimate, flops, growth, hardware, study, token_passes]
 
 

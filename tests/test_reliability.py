@@ -402,7 +402,6 @@ def test_engines_without_a_prompt(tmp_path):
         (dict(num_generations=1, advantage="reinforce++"), "a group needs 2 or more"),
         (dict(eval_datasets=("a/test.jsonl", "b/test.jsonl")), "two evaluation sets are called"),
         (dict(resume="auto"), "--resume needs --output-dir"),
-        (dict(tis_cap=2.0, top_p=0.9), "normalised over the nucleus"),
         (dict(track="wandb"), "pip install wandb"),
     ],
 )

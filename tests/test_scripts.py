@@ -403,20 +403,24 @@ def test_bad_input_is_refused_with_one_line(tmp_path, flags, message):
     assert len(errors) == 1 and message in errors[0], output
 
 
-def test_unreadable_golds(tmp_path):
+def test_unreadable_references(tmp_path):
     """Left out with a count if they are few, refused if they are many; before any engine starts."""
     data = tmp_path / "data.jsonl"
     rows = [{"problem": f"Q {v}#3 A", "answer": "}{" if v < 13 else "01"} for v in range(10, 60)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = ["--dataset", str(data), "--num-steps", "1", "--eval-every", "0"]
     output = run("prerl", tmp_path / "refused", *flags, code=2)
-    assert "3 of 50 gold answers cannot be read (row 0: '}{'; row 1: '}{'; row 2: '}{')" in output
-    assert "more than --max-bad-gold 0.01" in output and not (tmp_path / "refused").exists()
-    flags += ["--max-bad-gold", "0.1"]
-    output = run("prerl", tmp_path / "refused", *flags, "--num-prompts", "48", code=2)
-    assert "error: --num-prompts 48: " in output and "has only 47 usable problems" in output
+    assert (
+        "3 of 50 reference answers cannot be read (row 0: '}{'; row 1: '}{'; row 2: '}{')" in output
+    )
+    assert "more than 5%. Mend or remove these rows" in output
+    assert not (tmp_path / "refused").exists()
+    rows[0]["answer"] = "01"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output = run("prerl", tmp_path / "refused", *flags, "--num-prompts", "49", code=2)
+    assert "error: --num-prompts 49: " in output and "has only 48 usable problems" in output
     output = run("prerl", tmp_path / "run", *flags)
-    assert "left out" in output and "47 problems" in output
+    assert "left out" in output and "48 problems" in output
 
 
 def test_folder_of_another_run_is_refused(runs):

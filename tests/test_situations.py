@@ -83,7 +83,7 @@ def test_too_little_shared_memory(one_rank, monkeypatch, capsys, free, ranks, re
     usage = SimpleNamespace(free=free * 2**20)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     monkeypatch.setattr(harness.dist, "get_world_size", lambda: ranks)
-    args = SimpleNamespace(tensor_parallel_size=ranks, top_p=1.0)
+    args = SimpleNamespace(tensor_parallel_size=ranks)
     if refused:
         with pytest.raises(SystemExit):
             harness.check_args(args)
