@@ -57,7 +57,7 @@ THRESHOLDS = (0.5, 0.8, 0.9)
 DIFFERS = {  # what a world changes, in words
     "lab": "the study's world",
     "short": "no restated problem",
-    "down": "no restated problem, steps count down",
+    "down": "short, steps count down",
     "tag": "more to restate",
     "paired": "never y without x",
     "rare": "careful mode 1%",
@@ -354,12 +354,12 @@ def curves(runs: dict, names: list[str], column: str) -> dict:
 
 def draw_pictures(runs: dict, worlds: dict, small: dict) -> None:
     accuracy, unit = (0, 1.04), "fraction correct (avg@8)"
-    switch = {"mark": (10, "S = 10")}
+    switch = {"mark": (10, "DSRL: S")}
 
     names = ["grpo", "prerl", "nsr-prerl", "dsrl-10"]
     pictures.draw(
         PICTURES / "methods.png",
-        "GRPO, PreRL and DSRL end level; NSR-PreRL is slower and collapses in 2 of 3 seeds",
+        "In the lab GRPO, PreRL and DSRL end level; NSR-PreRL is slower, and 2 of 3 seeds collapse",
         [
             (f"Held-out problems of {on}", unit, curves(runs, names, f"{key} avg@8"), options)
             for on, key, options in (
@@ -373,7 +373,7 @@ def draw_pictures(runs: dict, worlds: dict, small: dict) -> None:
     )
     pictures.draw(
         PICTURES / "signs.png",
-        "Without x in the gradient, negative samples alone destroy the policy",
+        "Negative samples alone work given x; given BOS they make most seeds collapse",
         [
             (
                 "log π(y|x): the post-train space",
@@ -460,20 +460,14 @@ def draw_pictures(runs: dict, worlds: dict, small: dict) -> None:
     pictures.draw_pass_against_avg(PICTURES / "pass_against_avg.png", worlds)
 
 
-def main() -> None:
-    runs, finals = read_results()
-    worlds, small = read_worlds(runs), read_smollm()
-    PICTURES.mkdir(parents=True, exist_ok=True)
-    draw_pictures(runs, worlds, small)
+def tables(runs: dict, finals: dict, worlds: dict, small: dict) -> dict[Path, dict[str, str]]:
+    """{page: {mark: table}}."""
     few = ["step 20", "end", "hard, end", "steps to 0.5", "steps to 0.8", "steps to 0.9"]
     warmups = ["grpo", "dsrl-5", "dsrl-10", "dsrl-20", "dsrl-40", "nsr-rl-then-rl"]
     gradients = ["mean cosine", "fraction negative", "cosine of PreRL", "cosine of NSR-PreRL"]
-    pages = {
+    return {
         ROOT / "docs" / "study.md": {
-            "methods": accuracy_table(runs, finals, SHOWN[:3] + ("dsrl-10",), few),
-            "signs": accuracy_table(
-                runs, finals, ("psr-rl", "nsr-rl", "psr-prerl", "nsr-prerl"), few[:4]
-            ),
+            "methods": accuracy_table(runs, finals, (*SHOWN[:3], "dsrl-10"), few),
             "gradients": bases_table(gradients),
             "thoughts": thoughts_table(runs),
             "warm-ups": accuracy_table(runs, finals, warmups, ["end", "hard, end", "steps to 0.8"]),
@@ -493,11 +487,25 @@ def main() -> None:
             "guard": guard_table(runs),
         },
     }
-    for page, tables in pages.items():
-        text = page.read_text()
-        for name, table in tables.items():
-            text = fill(text, f"{name}: made by study/report.py", table)
-        page.write_text(text)
+
+
+def render(text: str, parts: dict[str, str]) -> str:
+    """A page with its tables made anew."""
+    for name, table in parts.items():
+        text = fill(text, f"{name}: made by study/report.py", table)
+    return text
+
+
+def read_all() -> tuple[dict, dict, dict, dict]:
+    runs, finals = read_results()
+    return runs, finals, read_worlds(runs), read_smollm()
+
+
+def main() -> None:
+    runs, finals, worlds, small = read_all()
+    draw_pictures(runs, worlds, small)
+    for page, parts in tables(runs, finals, worlds, small).items():
+        page.write_text(render(page.read_text(), parts))
 
 
 if __name__ == "__main__":
