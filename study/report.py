@@ -16,6 +16,7 @@ from study import pictures, smollm
 from study.experiments import (
     GUARD,
     KS,
+    RECORDED,
     ROOT,
     SAMPLES,
     SWEEP_SEED,
@@ -298,7 +299,9 @@ def guard_table(runs: dict) -> str:
 
 def commands_table() -> str:
     """The name of each variant, its name in the CSV files, and its command line."""
-    lines = [[NAMES[k], f"`{k}`", f"`{line}`"] for k, line in WORLD_VARIANTS.items()]
+    commands = {name: f"`{line}`" for name, line in WORLD_VARIANTS.items()}
+    commands |= dict.fromkeys(RECORDED, "of revision 79819ce, which had its flag")
+    lines = [[NAMES[name], f"`{name}`", command] for name, command in commands.items()]
     return markdown(["", "in the CSV files", "command, after --preset lab"], lines)
 
 
