@@ -147,9 +147,11 @@ def main(args: Args) -> None:
         table = pyarrow.Table.from_pylist(rows)
         pyarrow.parquet.write_table(table, folder / "rollouts.parquet")
         draw(result, folder / "alignment.png")
-        half = args.num_pages // 2
-        chosen = (rewards == 1).nonzero()[:half, 0].tolist()  # half of them correct, if there are
-        chosen += (rewards != 1).nonzero()[: args.num_pages - len(chosen), 0].tolist()
+        first = {s["text"]: i for i, s in reversed(list(enumerate(samples)))}  # texts that differ
+        different = sorted(first.values())
+        chosen = [i for i in different if rewards[i] == 1][: args.num_pages // 2]
+        incorrect = [i for i in different if rewards[i] != 1]
+        chosen += incorrect[: args.num_pages - len(chosen)]
         page = tokens_page(result, prompts, responses, logps, tokenizer, chosen)
         (folder / "tokens.html").write_text(page)
         say(report(result))
@@ -397,7 +399,8 @@ h1 {{ font-size: 1.4rem; }}
 h2 {{ font-size: 1rem; margin: 2rem 0 .3rem; }}
 pre {{ font: 15px/1.7 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere;
   border: 1px solid #ccc; border-radius: 6px; padding: .7rem; margin: 0; }}
-pre.prompt {{ border-style: dashed; background: #f5f5f5; max-height: 9rem; overflow-y: auto; }}
+pre.prompt {{ border-style: dashed; background: #f5f5f5; max-height: 9rem; overflow-y: auto;
+  display: flex; flex-direction: column-reverse; }} /* a long prompt shows its end, the problem */
 span.key {{ padding: .1rem .4rem; }}
 </style>
 </head>
