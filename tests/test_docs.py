@@ -49,6 +49,16 @@ def test_the_studys_tables_are_up_to_date():
         assert report.render(page.read_text(), parts) == page.read_text(), "run make study"
 
 
+def test_the_studys_pictures(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "PICTURES", tmp_path)
+    runs, _, worlds, small = report.read_all()
+    report.draw_pictures(runs, worlds, small)
+    kept = {path.name: path.stat().st_size for path in (ROOT / "docs" / "study").iterdir()}
+    assert {path.name for path in tmp_path.iterdir()} == kept.keys()
+    for path in tmp_path.iterdir():  # a blank picture is a tenth of that
+        assert path.stat().st_size > 0.5 * kept[path.name]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
