@@ -27,10 +27,9 @@ test: .venv/.ready
 lab-base: .venv/.ready
 	$(BIN)/python lab/pretrain.py
 
-# All tables and figures of docs/study.md, from benchmark/results/*.csv
+# All tables and pictures of docs/study.md and study/tables.md, from study/results/*.csv
 study: .venv/.ready
-	$(BIN)/python benchmark/study.py report
-	$(BIN)/python benchmark/smollm_study.py report
+	$(BIN)/python study/report.py
 
 # The pages of one_step.py in docs/. The pictures need Debian's package chromium.
 one-step: .venv/.ready

@@ -120,14 +120,14 @@ def main(args: Args) -> None:
     prompts = [p["prompt_ids"] for p in problems for _ in range(args.num_generations)]  # x
     responses = [s["ids"] for s in samples]  # y
     rewards = torch.tensor([s["reward"] for s in samples], dtype=torch.float64)  # [N]
-    right = rewards.mean().item()
-    say(f"{len(samples)} rollouts, {right:.3f} of them right; now their gradients")
+    correct = rewards.mean().item()
+    say(f"{len(samples)} rollouts, {correct:.3f} of them correct; now their gradients")
 
     logps = {  # of every response's tokens, [N][T]
         "bos": logprobs(policy, [[bos]] * len(prompts), responses, args, device),
         "x": logprobs(policy, prompts, responses, args, device),
     }
-    result = {"model": args.model, "dataset": args.dataset, "bos": bos, "reward": right}
+    result = {"model": args.model, "dataset": args.dataset, "bos": bos, "reward": correct}
     result |= compare_rollouts(policy, prompts, responses, rewards, bos, logps, args, device, say)
     say("now single tokens")
     result["tokens"] = compare_tokens(policy, prompts, responses, bos, logps, args, device)
@@ -141,10 +141,12 @@ def main(args: Args) -> None:
         table = pyarrow.Table.from_pylist(rows)
         pyarrow.parquet.write_table(table, folder / "rollouts.parquet")
         draw(result, folder / "alignment.png")
-        half = args.num_pages // 2
-        chosen = (rewards == 1).nonzero()[:half, 0].tolist()  # half of them right, if there are
-        chosen += (rewards != 1).nonzero()[: args.num_pages - len(chosen), 0].tolist()
-        page = tokens_page(result, responses, logps, tokenizer, chosen)
+        first = {s["text"]: i for i, s in reversed(list(enumerate(samples)))}  # texts that differ
+        different = sorted(first.values())
+        chosen = [i for i in different if rewards[i] == 1][: args.num_pages // 2]
+        incorrect = [i for i in different if rewards[i] != 1]
+        chosen += incorrect[: args.num_pages - len(chosen)]
+        page = tokens_page(result, prompts, responses, logps, tokenizer, chosen)
         (folder / "tokens.html").write_text(page)
         say(report(result))
         say(f"alignment.json, alignment.png and tokens.html are in {folder}")
@@ -312,8 +314,10 @@ def draw(result: dict, path: Path) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
     rows, all_ = result["rollouts"], result["summary"]["all"]
     inner = [[r["inner_product"] for r in rows if (r["reward"] == 1) == k] for k in (True, False)]
-    labels = [f"right ({len(inner[0])})", f"wrong ({len(inner[1])})"]
-    axes[0].hist(inner, bins=30, stacked=True, color=[blue, orange], label=labels)
+    bins = np.histogram_bin_edges(np.concatenate(inner), bins=30)
+    for values, colour, name in zip(inner, (blue, orange), ("correct", "incorrect")):
+        style = dict(histtype="stepfilled", fc=(colour, 0.25), ec=colour, lw=1.5)
+        axes[0].hist(values, bins=bins, label=f"{name} ({len(values)})", **style)
     axes[0].axvline(0, color=grey, linewidth=1)
     axes[0].set_title(
         f"⟨g₁, g₂⟩: mean {all_['inner_product_mean']:.3g}, negative {all_['share_negative']:.1%}"
@@ -326,11 +330,15 @@ def draw(result: dict, path: Path) -> None:
     cosine = np.array([t["cosine"] for t in tokens])
     position = np.array([t["position"] for t in tokens])
     for key, colour, label in (("prob_bos", orange, "BOS"), ("prob_x", blue, "x")):
-        probability = [t[key] for t in tokens]
+        probability = np.clip([t[key] for t in tokens], 1e-6, 1 - 1e-6)
         style = dict(s=14, color=colour, alpha=0.5, linewidths=0)
         axes[1].scatter(probability, cosine, **style, label=f"π(y_t | {label}, y_<t)")
-    axes[1].set_title(f"single tokens ({len(tokens)}): against probability")
-    axes[1].set_xlabel("the token's probability")
+    axes[1].set_xscale("logit")  # most tokens are nearly certain
+    axes[1].set_xticks([1e-6, 1e-4, 0.01, 0.5, 0.99, 1 - 1e-4, 1 - 1e-6])
+    axes[1].set_xticklabels(["0", ".0001", ".01", ".5", ".99", ".9999", "1"])
+    axes[1].minorticks_off()
+    axes[1].set_title(f"{len(tokens)} single tokens: against probability")
+    axes[1].set_xlabel("the token's probability (log odds; cut at 1e-6 from 0 and 1)")
     axes[1].legend(loc="best")
     axes[1].set_ylabel("cosine of the token's two gradients")
 
@@ -341,8 +349,8 @@ def draw(result: dict, path: Path) -> None:
         inside = (position >= low) & ((position < high) | (high == edges[-1]))
         middles.append(position[inside].mean())
         means.append(cosine[inside].mean())
-    axes[2].plot(middles, means, color=orange, marker="o", label="mean of an eighth of the tokens")
-    axes[2].set_title("single tokens: over the response")
+    axes[2].plot(middles, means, color=orange, marker="o", label="mean of eight bins")
+    axes[2].set_title("the same tokens: over the response")
     axes[2].set_xlabel("position t in the response (tokens)")
     axes[2].set_ylabel("cosine of the token's two gradients")
     axes[2].legend(loc="lower right")
@@ -353,8 +361,8 @@ def draw(result: dict, path: Path) -> None:
     plt.close(figure)
 
 
-def tokens_page(result: dict, responses, logps, tokenizer, chosen: list[int]) -> str:
-    """tokens.html: responses whose tokens are coloured by log π(y_t|x, ·) - log π(y_t|BOS, ·)."""
+def tokens_page(result: dict, prompts, responses, logps, tokenizer, chosen: list[int]) -> str:
+    """tokens.html: prompts, and responses coloured by log π(y_t|x, ·) - log π(y_t|BOS, ·)."""
     parts = []
     for i in chosen:
         row, spans = result["rollouts"][i], []
@@ -364,10 +372,11 @@ def tokens_page(result: dict, responses, logps, tokenizer, chosen: list[int]) ->
             text = html.escape(tokenizer.decode([token]))
             tip = f"log π(y_t|x) {x:.3f}&#10;log π(y_t|BOS) {b:.3f}&#10;difference {x - b:+.3f}"
             spans.append(f'<span style="background:{colour}" title="{tip}">{text}</span>')
-        verdict = "right" if row["reward"] == 1 else "wrong"
+        verdict = "correct" if row["reward"] == 1 else "incorrect"
+        prompt = html.escape(tokenizer.decode(prompts[i]).strip())
         parts.append(
             f"<h2>Rollout {i}: {verdict}, {row['length']} tokens, cosine {row['cosine']:.3f}</h2>\n"
-            f"<pre>{''.join(spans)}</pre>"
+            f'<pre class="prompt">{prompt}</pre>\n<pre>{"".join(spans)}</pre>'
         )
     return PAGE.format(model=html.escape(short_name(result["model"])), body="\n".join(parts))
 
@@ -384,16 +393,19 @@ h1 {{ font-size: 1.4rem; }}
 h2 {{ font-size: 1rem; margin: 2rem 0 .3rem; }}
 pre {{ font: 15px/1.7 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere;
   border: 1px solid #ccc; border-radius: 6px; padding: .7rem; margin: 0; }}
+pre.prompt {{ border-style: dashed; background: #f5f5f5; max-height: 9rem; overflow-y: auto;
+  display: flex; flex-direction: column-reverse; }} /* a long prompt shows its end, the problem */
 span.key {{ padding: .1rem .4rem; }}
 </style>
 </head>
 <body>
 <h1>What the prompt adds to each token: {model}</h1>
-<p>Responses sampled with the prompt. A token's colour is log π(y_t | x, y_&lt;t) − log π(y_t | BOS,
-y_&lt;t): <span class="key" style="background:rgba(0,114,178,.75)">3 nats likelier with the
-prompt</span> <span class="key">the same</span> <span class="key"
-style="background:rgba(213,94,0,.75)">3 nats likelier without</span>. Hover over a token for both
-values.</p>
+<p>Each prompt (dashed), and a response sampled with it. A token's colour is
+log π(y_t | x, y_&lt;t) − log π(y_t | BOS, y_&lt;t):
+<span class="key" style="background:rgba(0,114,178,.75)">3 nats likelier with the prompt</span>
+<span class="key">the same</span>
+<span class="key" style="background:rgba(213,94,0,.75)">3 nats likelier without</span>.
+Hover over a token for both values.</p>
 {body}
 </body>
 </html>

@@ -24,7 +24,6 @@ import os
 import shutil
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -35,6 +34,7 @@ sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 import harness  # noqa: E402
 import inputs  # noqa: E402
+from benchmark.resident import watch_memory  # noqa: E402
 
 
 def used_gib() -> float | None:
@@ -144,40 +144,6 @@ def matmul_flops(dtype: torch.dtype, device: torch.device) -> float:
                 torch.cuda.synchronize()
             best = max(best, 2 * n**3 / (time.perf_counter() - start))
     return best
-
-
-def resident_pages(pid: int) -> list[tuple[int, int]]:
-    """Of a process and all its descendants: resident pages, and those that may be shared."""
-    found = []
-    try:
-        for thread in os.listdir(f"/proc/{pid}/task"):
-            children = Path(f"/proc/{pid}/task/{thread}/children").read_text().split()
-            found += [pages for child in children for pages in resident_pages(int(child))]
-        resident, shared = Path(f"/proc/{pid}/statm").read_text().split()[1:3]
-        return [*found, (int(resident), int(shared))]
-    except OSError:  # it has ended
-        return found
-
-
-def resident_gib(pid: int) -> float:
-    """Resident memory of a process and all its descendants; libraries and the like count once."""
-    pages = resident_pages(pid)
-    once = max((shared for _, shared in pages), default=0)
-    total = once + sum(resident - shared for resident, shared in pages)
-    return total * os.sysconf("SC_PAGE_SIZE") / 2**30
-
-
-def watch_memory(pid: int) -> list[float]:
-    """[peak so far], kept up to date by a thread: resident memory of `pid` and its descendants."""
-    peak = [0.0]
-
-    def watch() -> None:
-        while True:
-            peak[0] = max(peak[0], resident_gib(pid))
-            time.sleep(0.1)
-
-    threading.Thread(target=watch, daemon=True).start()
-    return peak
 
 
 def main() -> None:

@@ -42,7 +42,6 @@ kernels are Triton's: both were not tried on a CPU.
 import json
 import os
 import tempfile
-import threading
 import time
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -53,10 +52,10 @@ os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import psutil
 import torch
 import tyro
 from datasets import Dataset
+from resident import watch_memory
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
@@ -99,29 +98,6 @@ class Clock(TrainerCallback):
     def on_step_end(self, *args, **kwargs):
         self.step_seconds.append(time.perf_counter() - self.start)
         print(f"step {len(self.step_seconds)}: {self.step_seconds[-1]:.1f} s", flush=True)
-
-
-def watch_memory() -> list[float]:
-    """[peak so far], kept up by a thread: GiB resident, children included; shared pages once."""
-    me, peak = psutil.Process(), [0.0]
-
-    def pages(process) -> tuple[int, int]:
-        try:
-            memory = process.memory_info()
-            return memory.rss, memory.shared
-        except psutil.NoSuchProcess:
-            return 0, 0
-
-    def watch() -> None:
-        while True:
-            found = [pages(process) for process in [me, *me.children(recursive=True)]]
-            once = max(shared for _, shared in found)
-            now = once + sum(resident - shared for resident, shared in found)
-            peak[0] = max(peak[0], now / 2**30)
-            time.sleep(0.1)
-
-    threading.Thread(target=watch, daemon=True).start()
-    return peak
 
 
 def make_trainer(args: Args, reward, clock: Clock, folder: str) -> GRPOTrainer:
@@ -172,7 +148,7 @@ def make_trainer(args: Args, reward, clock: Clock, folder: str) -> GRPOTrainer:
 
 
 def main(args: Args) -> None:
-    peak, clock = watch_memory(), Clock()
+    peak, clock = watch_memory(os.getpid()), Clock()
     lengths, prompts_seen = [], []
 
     def reward(prompts, completions, completion_ids, **rest) -> list[float]:

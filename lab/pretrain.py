@@ -208,10 +208,10 @@ def measure(
         "truncated": mean(ids[-1] != tokenizer.eos_token_id for ids in responses),
         "wait per response": mean(text.count("wait ") for text in texts),
         "alternatively per response": mean(text.count("alternatively ") for text in texts),
-        "share of Let": mean(style == "Let" for style in styles),
-        "right in So": mean(r for r, style in zip(right, styles) if style == "So"),
-        "right in Let": mean(r for r, style in zip(right, styles) if style == "Let"),
-        "right if Let is forced": mean(
+        "fraction of Let": mean(style == "Let" for style in styles),
+        "correct in So": mean(r for r, style in zip(right, styles) if style == "So"),
+        "correct in Let": mean(r for r, style in zip(right, styles) if style == "Let"),
+        "correct if Let is forced": mean(
             boxed_answer(text) == task["answer"] for text, task in zip(forced_texts, tasks)
         ),
     }

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -166,6 +167,8 @@ def test_picture_and_page(measured):
     assert (folder / "alignment.png").read_bytes()[:4] == b"\x89PNG"
     page = (folder / "tokens.html").read_text()
     assert page.count("<h2>") == 10 and "http" not in page  # self-contained
+    assert page.count('<pre class="prompt">Q ') == 10
+    assert len(set(re.findall(r"\n<pre>(.*?)</pre>", page, re.S))) == 10  # texts that differ
     assert "log π(y_t|BOS)" in page and "{" not in page.split("</style>")[1].replace("\\boxed{", "")
 
 

@@ -22,14 +22,6 @@ def last_line(*command: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_token_passes():
-    """It also checks that either's passes give the same gradient."""
-    flags = "--samples 4 --prompt-length 12 --new-tokens 8 --repeats 1".split()
-    result = last_line("token_passes.py", *flags)
-    assert result["passes"] == {"fork": 4 * 4 * (20 + 9), "ours": 3 * 2 * 9 + 4 * 20}
-    assert set(result["seconds"]) == {"fork", "ours"} and result["time_ratio"] > 0
-
-
 @pytest.mark.parametrize("script", ["grpo_baseline.py", "dsrl.py"])
 def test_step_breakdown(script):
     """The work of a step is what was asked for, and the parts are shares of the whole."""

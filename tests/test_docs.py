@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 
 import harness
 from benchmark import hardware
+from study import report
 
 sys.path.insert(0, str(ROOT / "docs"))
 import generate
@@ -41,6 +42,21 @@ PAGES = ours("*.md")
 def test_generated_parts_are_up_to_date(name):
     text = (ROOT / "docs" / name).read_text()
     assert generate.render(text, generate.PAGES[name]) == text, "run python docs/generate.py"
+
+
+def test_the_studys_tables_are_up_to_date():
+    for page, parts in report.tables(*report.read_all()).items():
+        assert report.render(page.read_text(), parts) == page.read_text(), "run make study"
+
+
+def test_the_studys_pictures(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "PICTURES", tmp_path)
+    runs, _, worlds, small = report.read_all()
+    report.draw_pictures(runs, worlds, small)
+    kept = {path.name: path.stat().st_size for path in (ROOT / "docs" / "study").iterdir()}
+    assert {path.name for path in tmp_path.iterdir()} == kept.keys()
+    for path in tmp_path.iterdir():  # a blank picture is a tenth of that
+        assert path.stat().st_size > 0.5 * kept[path.name]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -185,8 +201,8 @@ def test_flags_in_the_pages_exist():
 
 
 def test_results_are_the_studys():
-    """A mean with its interval in the README or a method's page stands in the study's tables."""
-    study = (ROOT / "docs" / "study.md").read_text()
+    """A mean with its interval in the README or a page stands in the study's tables."""
+    study = (ROOT / "study" / "tables.md").read_text()
     found = 0
     for page in (ROOT / "README.md", *(ROOT / "docs" / name for name in generate.PAGES)):
         for value in re.findall(r"[\d.]+ ± [\d.]*\d", page.read_text()):

@@ -267,10 +267,10 @@ def test_readme_figures():
         "truncated": 0.02,
         "wait per response": 0.09,
         "alternatively per response": 0.05,
-        "share of Let": 0.05,
-        "right in So": 0.09,
-        "right in Let": 0.5,  # only some 40 responses
-        "right if Let is forced": 0.1,
+        "fraction of Let": 0.05,
+        "correct in So": 0.09,
+        "correct in Let": 0.5,  # only some 40 responses
+        "correct if Let is forced": 0.1,
     }
     readme = (ROOT / "lab" / "README.md").read_text()
     for column, split in enumerate(["test", "hard"]):

@@ -1,7 +1,7 @@
 """Does it learn? The lab at a high learning rate for 12 steps, as a user runs it.
 
-The margins leave room: benchmark/study.py runs the same with three seeds (guard-*), and
-docs/study.md says what these gained.
+The margins leave room: study/experiments.py runs the same with three seeds (guard-*), and
+study/tables.md has what these gained.
 """
 
 import math

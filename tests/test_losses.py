@@ -18,13 +18,14 @@ import grading
 import inputs
 import plot
 import thoughts
-from benchmark import estimate, flops, growth, hardware, study, token_passes
+from benchmark import gpu_parts, hardware, step_breakdown
+from study import experiments, report, smollm
 
 MEAN, GRPO, RLOO, REINFORCE, SIGN = "mean", "grpo", "rloo", "reinforce++", "sign"
 
 
 MODULES = [common, inputs, data, grading, thoughts, plot, grad_alignment]
-MODULES += [estimate, flops, growth, hardware, study, token_passes]
+MODULES += [gpu_parts, hardware, step_breakdown, experiments, report, smollm]
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)

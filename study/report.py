@@ -1,0 +1,515 @@
+"""The study's tables and pictures, from study/results/*.csv: `make study`.
+
+    python study/report.py
+
+It fills the marked tables of docs/study.md and study/tables.md, and draws docs/study/*.png.
+"""
+
+import sys
+from pathlib import Path
+from statistics import mean
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import plot
+from docs.generate import fill
+from study import pictures, smollm
+from study.experiments import (
+    GUARD,
+    KS,
+    RECORDED,
+    ROOT,
+    SAMPLES,
+    SWEEP_SEED,
+    VARIANTS,
+    WORLD_VARIANTS,
+    WORLDS,
+    held_out,
+    read_csv,
+)
+
+PICTURES = ROOT / "docs" / "study"
+NAMES = {  # of the variants, as the prose has them
+    "grpo": "GRPO",
+    "dr-grpo": "Dr.GRPO",
+    "no-std": "GRPO, A = r − mean",
+    "rloo": "RLOO",
+    "reinforce++": "Reinforce++",
+    "psr-rl": "PSR-RL",
+    "nsr-rl": "NSR-RL",
+    "w-reinforce": "W-REINFORCE",
+    "grpo-microbatch-mean": "GRPO, mean per micro-batch",
+    "prerl": "PreRL",
+    "psr-prerl": "PSR-PreRL",
+    "nsr-prerl": "NSR-PreRL",
+    "nsr-prerl-every-wrong": "NSR-PreRL, all incorrect, A = −1",
+    "nsr-prerl-late": "NSR-PreRL, first 8 tokens left out",
+    "nsr-rl-then-rl": "NSR-RL, then GRPO",
+    "dsrl-10-reset": "DSRL, S = 10, optimiser reset",
+    "dsrl-10-two-rates": "DSRL, S = 10, learning rate 3e-4, then 1e-3",
+    "grpo-1e-3": "GRPO, 1e-3, 150 steps",
+    "prerl-1e-3": "PreRL, 1e-3, 150 steps",
+    "dsrl-3-1e-3": "DSRL, S = 3, 1e-3",
+    "prerl-positive-0.1": "PreRL, positives × 0.1",
+    **{f"dsrl-{s}": f"DSRL, S = {s}" for s in (5, 10, 20, 40)},
+}
+SHOWN = ("grpo", "prerl", "nsr-prerl", "nsr-prerl-late", "dsrl-10")
+SHOWN += ("prerl-positive-0.1", "nsr-rl-then-rl", "grpo-1e-3", "dsrl-10-two-rates")
+THRESHOLDS = (0.5, 0.8, 0.9)
+DIFFERS = {  # what a world changes, in words
+    "lab": "the study's world",
+    "short": "no restated problem",
+    "down": "short, steps count down",
+    "tag": "more to restate",
+    "paired": "never y without x",
+    "rare": "careful mode 1%",
+    "sloppy": "more mistakes",
+    "seed2": "another base model",
+    "harder": "6 to 8 steps",
+}
+
+
+# ------------------------------------------------------------------------------------- the results
+
+
+def read_results() -> tuple[dict, dict]:
+    """{variant: {seed: rows}} of study.csv, {variant: [pass@k by k, for each seed]}."""
+    runs, finals = {}, {}
+    for row in read_csv("study"):
+        name, seed = row.pop("variant"), int(row.pop("seed"))
+        runs.setdefault(name, {}).setdefault(seed, []).append(numbers(row))
+    for row in read_csv("study_pass64"):
+        finals.setdefault(row["variant"], []).append({k: float(row[str(k)]) for k in KS})
+    return runs, finals
+
+
+def read_worlds(lab_runs: dict) -> dict:
+    """{world: {variant: {seed: rows}}} of worlds.csv; "lab" is completed by the study's."""
+    runs = {world: {} for world in WORLDS} | {"lab": dict(lab_runs)}
+    for row in read_csv("worlds"):
+        world, name, seed = row.pop("world"), row.pop("variant"), int(row.pop("seed"))
+        runs[world].setdefault(name, {}).setdefault(seed, []).append(numbers(row))
+    return runs
+
+
+def read_smollm() -> dict:
+    """{variant: {seed: rows}} of smollm.csv."""
+    runs = {name: {} for name in smollm.VARIANTS}
+    for row in read_csv("smollm"):
+        name, seed = row.pop("variant"), int(row.pop("seed"))
+        runs[name].setdefault(seed, []).append(numbers(row))
+    return runs
+
+
+def numbers(row: dict) -> dict:
+    """A row's values as numbers, without those that are missing."""
+    return {k: v if k == "phase" else float(v) for k, v in row.items() if v}
+
+
+def at(rows: list[dict], column: str, step: int) -> float | None:
+    return next((row.get(column) for row in rows if row["step"] == step), None)
+
+
+def last(rows: list[dict], column: str) -> float:
+    return [row[column] for row in rows if column in row][-1]
+
+
+def points(rows: list[dict], column: str) -> list[tuple[float, float]]:
+    return [(row["step"], row[column]) for row in rows if column in row]
+
+
+def multiple(rows: list[dict], column: str) -> float | None:
+    """A thought's frequency at step 20 over that at step 0."""
+    return at(rows, column, 20) / at(rows, column, 0) if at(rows, column, 0) else None
+
+
+# -------------------------------------------------------------------------------------- the tables
+
+
+def interval(values: list[float | None], digits: int = 3, widest: float = 0.5) -> str:
+    """Mean ± half of the 95% interval over seeds (Student's t).
+
+    Where that half is more than `widest` of the mean, or a value is missing, the mean is no seed's
+    value: then each seed's.
+
+    >>> interval([0.5, 0.6, 0.7]), interval([0.5]), interval([0.5, None])
+    ('0.600 ± 0.248', '0.500', '0.500, -')
+    >>> interval([0.14, 0.38, 0.79], 2), interval([])
+    ('0.14, 0.38, 0.79', '-')
+    """
+    if len(values) < 2 or None in values or plot.half_width(values) > widest * mean(values):
+        return each(values, digits, ", ") or "-"
+    return f"{mean(values):.{digits}f} ± {plot.half_width(values):.{digits}f}"
+
+
+def each(values: list[float | None], digits: int = 2, between: str = " ") -> str:
+    """The seeds' values.
+
+    >>> each([0.5, None, 0.975]), each([])
+    ('0.50 - 0.97', '')
+    """
+    return between.join("-" if v is None else f"{v:.{digits}f}" for v in values)
+
+
+def markdown(header: list[str], lines: list[list[str]]) -> str:
+    rule = ["---"] * len(header)
+    return "".join(f"| {' | '.join(line)} |\n" for line in [header, rule, *lines])
+
+
+ACCURACY = ["step 20", "best", "end", "hard, end", "hard pass@8, end", "hard pass@64, end"]
+ACCURACY += [f"steps to {threshold}" for threshold in THRESHOLDS]
+
+
+def accuracy_table(runs: dict, finals: dict, names=tuple(VARIANTS), columns=ACCURACY) -> str:
+    lines = []
+    for name in names:
+        seeds = list(runs[name].values())
+        curves = [points(rows, "lab avg@8") for rows in seeds]
+        cells = {
+            "step 20": [at(rows, "lab avg@8", 20) for rows in seeds],
+            "best": [max(v for _, v in curve) for curve in curves],
+            "end": [last(rows, "lab avg@8") for rows in seeds],
+            "hard, end": [last(rows, "hard avg@8") for rows in seeds],
+            "hard pass@8, end": [last(rows, "hard pass@8") for rows in seeds],
+            "hard pass@64, end": [final[64] for final in finals.get(name, [])],
+        }
+        cells = {column: interval(values, widest=0.25) for column, values in cells.items()}
+        for threshold in THRESHOLDS:
+            steps = [plot.reached(curve, threshold) for curve in curves]
+            cells[f"steps to {threshold}"] = interval(steps, 1)
+        lines.append([NAMES[name], *(cells[column] for column in columns)])
+    return markdown(["", *columns], lines)
+
+
+def shape_table(runs: dict) -> str:
+    header = ["", "length, 0 → end", "entropy, 1 → end", "reflections × at 20"]
+    header += ["transitions × at 20", "seconds in steps"]
+    lines = []
+    for name in VARIANTS:
+        seeds = list(runs[name].values())
+        line = [NAMES[name]]
+        for column, digits in (("lab length", 0), ("entropy", 2)):
+            ends = interval([last(rows, column) for rows in seeds], digits)
+            line.append(f"{points(seeds[0], column)[0][1]:.{digits}f} → {ends}")
+        for column in ("lab reflection", "lab transition"):
+            line.append(interval([multiple(rows, column) for rows in seeds], 1))
+        line.append(interval([sum(row.get("seconds", 0) for row in rows) for rows in seeds], 0))
+        lines.append(line)
+    return markdown(header, lines)
+
+
+def thoughts_table(runs: dict) -> str:
+    """Each seed's multiples of the two thoughts, at step 20 and at the end."""
+    header = ["", "reflections × at 20", "at 60", "transitions × at 20", "at 60"]
+    lines = []
+    for name in ("grpo", "prerl", "nsr-prerl", "dsrl-10", "nsr-rl"):
+        line = [NAMES[name]]
+        for column in ("lab reflection", "lab transition"):
+            seeds = list(runs[name].values())
+            line.append(each([multiple(rows, column) for rows in seeds], 1, ", "))
+            ends = [last(rows, column) / at(rows, column, 0) for rows in seeds]
+            line.append(each(ends, 1, ", "))
+        lines.append(line)
+    return markdown(header, lines)
+
+
+def sweep_table(runs: dict) -> str:
+    """Mean held-out avg@8 over the run's evaluations, by learning rate."""
+    rates = ("1e-4", "3e-4", "1e-3")
+    lines = []
+    for script, label in plot.NAMES.items():
+        rows = [runs[f"sweep-{script}-{rate}"][SWEEP_SEED] for rate in rates]
+        values = [[v for _, v in points(r, "lab avg@8")][1:] for r in rows]
+        lines.append([label, *(f"{mean(v):.3f} ({max(v):.3f}, {v[-1]:.3f})" for v in values)])
+    return markdown(["mean (best, last)", *rates], lines)
+
+
+def samples_table() -> str:
+    """Each seed's figures of the last step's training samples."""
+    rows, lines = read_csv("study_samples"), []
+    for name in VARIANTS:
+        own = [row for row in rows if row["variant"] == name]
+        lines.append([NAMES[name], *(each([float(row[key]) for row in own]) for key in SAMPLES)])
+    return markdown(["", *SAMPLES], lines)
+
+
+def bases_table(keys: list[str] | None = None) -> str:
+    """A column a world: its base model, and the gradients of that model's responses."""
+    rows = sorted(read_csv("worlds_bases"), key=lambda row: list(WORLDS).index(row["world"]))
+    keys = keys or [key for key in rows[0] if key != "world"]
+    lines = [[key, *(f"{float(row[key]):.3f}" for row in rows)] for key in keys]
+    return markdown(["", *(f"`{row['world']}`" for row in rows)], lines)
+
+
+def worlds_table(runs: dict) -> str:
+    """The methods in each world, on held-out problems like those of training; each seed's value."""
+    header = ["world", "", "step 20", "end", "steps to 0.5", "steps to 0.8"]
+    header += ["reflections × at 20", "transitions × at 20", "hard avg@8 and pass@8, step 10"]
+    header += ["restated, last step"]
+    samples = read_csv("worlds_samples")
+    samples += [{"world": "lab", **row} for row in read_csv("study_samples")]
+    lines = []
+    for world in WORLDS:
+        on = held_out(world)
+        for name in [name for name in WORLD_VARIANTS if name in SHOWN and runs[world].get(name)]:
+            seeds = list(runs[world][name].values())
+            curves = [points(rows, f"{on} avg@8") for rows in seeds]
+            own = [row for row in samples if (row["world"], row["variant"]) == (world, name)]
+            line = [
+                each([at(rows, f"{on} avg@8", 20) for rows in seeds]),
+                each([curve[-1][1] for curve in curves]),
+                *(each([plot.reached(c, t) for c in curves], 0) for t in THRESHOLDS[:2]),
+                each([multiple(rows, f"{on} reflection") for rows in seeds], 1),
+                each([multiple(rows, f"{on} transition") for rows in seeds], 1),
+                f"{each([at(rows, 'hard avg@8', 10) for rows in seeds])}, "
+                f"{each([at(rows, 'hard pass@8', 10) for rows in seeds])}",
+                each([float(row["restated"]) for row in own]),
+            ]
+            lines.append([f"`{world}`", NAMES[name], *line])
+    return markdown(header, lines)
+
+
+def worlds_summary(runs: dict) -> str:
+    """A row a world: GRPO and NSR-PreRL at step 20, and the ends; each seed's value."""
+    header = ["world", "differs in", "GRPO at 20", "NSR-PreRL at 20"]
+    header += ["GRPO, end", "NSR-PreRL, end", "DSRL, end"]
+    lines = []
+    for world in WORLDS:
+        column = f"{held_out(world)} avg@8"
+        line = [f"`{world}`", DIFFERS[world]]
+        line += [
+            each([at(rows, column, 20) for rows in runs[world][name].values()], 2, ", ")
+            for name in ("grpo", "nsr-prerl")
+        ]
+        line += [
+            each([last(rows, column) for rows in runs[world][name].values()], 2, ", ")
+            for name in ("grpo", "nsr-prerl", "dsrl-10")
+        ]
+        lines.append(line)
+    return markdown(header, lines)
+
+
+def guard_table(runs: dict) -> str:
+    """Gain in held-out avg@8 in the 12 steps of tests/test_learning.py, by seed."""
+    lines = []
+    for name in GUARD:
+        gains = [last(rows, "lab avg@8") - at(rows, "lab avg@8", 0) for rows in runs[name].values()]
+        lines.append([f"`{name}`", each(gains, 3, ", ")])
+    return markdown(["run", "gain of each seed"], lines)
+
+
+def commands_table() -> str:
+    """The name of each variant, its name in the CSV files, and its command line."""
+    commands = {name: f"`{line}`" for name, line in WORLD_VARIANTS.items()}
+    commands |= dict.fromkeys(RECORDED, "of revision 79819ce, which had its flag")
+    lines = [[NAMES[name], f"`{name}`", command] for name, command in commands.items()]
+    return markdown(["", "in the CSV files", "command, after --preset lab"], lines)
+
+
+def smollm_table(runs: dict) -> str:
+    """SmolLM2's one seed: held-out accuracy, and the training samples."""
+    header = ["", "avg@4, 0 → end", "pass@4, 0 → end"]
+    tens = [range(first, first + 10) for first in (1, 11, 21, 31)]
+    header += [f"reward, steps {ten[0]}–{ten[-1]}" for ten in tens]
+    header += ["length, 1 → end", "truncated, end", "entropy, 1 → end", "log π, 1 → end"]
+    header += ["reflections per response, most in a step", "transitions"]
+    lines = []
+    for name, seeds in runs.items():
+        (rows,) = seeds.values()
+
+        def both(column: str, first: int, digits: int = 3) -> str:
+            return f"{at(rows, column, first):.{digits}f} → {last(rows, column):.{digits}f}"
+
+        line = [NAMES[name], both("avg@4", 0), both("pass@4", 0)]
+        line += [f"{mean(r['reward'] for r in rows if r['step'] in ten):.3f}" for ten in tens]
+        line += [both("length", 1, 1), f"{last(rows, 'truncated'):.2f}"]
+        line += [both("entropy", 1, 2), both("logprob", 1, 2)]
+        line += [f"{max(r.get(c, 0) for r in rows):.3f}" for c in ("reflection", "transition")]
+        lines.append(line)
+    return markdown(header, lines)
+
+
+def responses_table(wanted: str = "") -> str:
+    """The kept responses: of the base model once, and of each method's end; of `wanted` alone."""
+    first, lines = next(iter(smollm.VARIANTS)), []
+    for row in read_csv("smollm_responses"):
+        if (row["step"] == "1" and row["variant"] != first) or wanted not in row["question"]:
+            continue
+        before = row["step"] == "1"
+        name = "before training" if before else f"{NAMES[row['variant']]}, step {row['step']}"
+        response = row["response"].replace("|", "\\|")
+        correct = "yes" if float(row["reward"]) else "no"
+        lines.append([name, row["question"], f"`{response}`", correct])
+    lines.sort(key=lambda line: line[0] != "before training")
+    return markdown(["", "question", "response", "correct"], lines)
+
+
+# ------------------------------------------------------------------------------------ the pictures
+
+
+def curves(runs: dict, names: list[str], column: str) -> dict:
+    """{variant: [its points of each seed]}, of the variants that have runs."""
+    return {
+        name: [points(rows, column) for rows in runs[name].values()]
+        for name in names
+        if runs.get(name)
+    }
+
+
+def draw_pictures(runs: dict, worlds: dict, small: dict) -> None:
+    accuracy, unit = (0, 1.04), "fraction correct (avg@8)"
+    switch = {"mark": (10, "DSRL: S")}
+
+    names = ["grpo", "prerl", "nsr-prerl", "dsrl-10"]
+    pictures.draw(
+        PICTURES / "methods.png",
+        "In the lab GRPO, PreRL and DSRL end level; NSR-PreRL is slower, and 2 of 3 seeds collapse",
+        [
+            (f"Held-out problems of {on}", unit, curves(runs, names, f"{key} avg@8"), options)
+            for on, key, options in (
+                ("3 to 6 steps", "lab", {"limits": accuracy, **switch}),
+                ("6 to 8 steps", "hard", {"limits": accuracy, **switch}),
+            )
+        ]
+        + [("Response length", "tokens", curves(runs, names, "lab length"), switch)],
+        columns=3,
+        height=3.1,
+    )
+    pictures.draw(
+        PICTURES / "signs.png",
+        "Negative samples alone work given x; given BOS they make most seeds collapse",
+        [
+            (
+                "log π(y|x): the post-train space",
+                unit,
+                curves(runs, ["grpo", "psr-rl", "nsr-rl"], "lab avg@8"),
+                {"limits": accuracy, "width": 0.3},
+            ),
+            (
+                "log π(y|BOS): the pre-train space",
+                unit,
+                curves(
+                    runs,
+                    "prerl psr-prerl nsr-prerl nsr-prerl-late nsr-prerl-every-wrong".split(),
+                    "lab avg@8",
+                ),
+                {"limits": accuracy, "width": 0.3},
+            ),
+        ],
+        columns=2,
+        height=3.6,
+    )
+    names = ["grpo", "dsrl-5", "dsrl-10", "dsrl-20", "dsrl-40", "nsr-rl-then-rl"]
+    looks = pictures.LOOKS | {"dsrl-10": ("S = 10", *pictures.LOOKS["dsrl-10"][1:])}
+    looks["grpo"] = ("S = 0 (GRPO)", *looks["grpo"][1:])
+    pictures.draw(
+        PICTURES / "warmup.png",
+        "A longer warm-up delays learning and ends no higher",
+        [
+            (f"Held-out problems of {on}", unit, curves(runs, names, f"{key} avg@8"), options)
+            for on, key, options in (
+                ("3 to 6 steps", "lab", {"limits": accuracy, "width": 0.42}),
+                ("6 to 8 steps", "hard", {"limits": accuracy, "width": 0.42}),
+            )
+        ],
+        columns=2,
+        height=3.6,
+        looks=looks,
+    )
+    pictures.draw(
+        PICTURES / "long.png",
+        "At learning rate 1e-3 two of three seeds of PreRL collapse, none of GRPO",
+        [
+            (
+                f"Held-out problems of {on}",
+                unit,
+                curves(runs, ["grpo-1e-3", "prerl-1e-3"], f"{key} avg@8"),
+                {"limits": accuracy, "width": 0.22},
+            )
+            for on, key in (("3 to 6 steps", "lab"), ("6 to 8 steps", "hard"))
+        ],
+        columns=2,
+        height=3.1,
+    )
+    names = ["grpo", "prerl", "nsr-prerl", "dsrl-10", "nsr-prerl-late"]
+    pictures.draw(
+        PICTURES / "worlds.png",
+        "In no world is NSR-PreRL faster than GRPO; PreRL fails where y was never seen without x",
+        [
+            (
+                f"{world}: {DIFFERS[world]}",
+                "fraction correct",
+                curves(worlds[world], names, f"{held_out(world)} avg@8"),
+                {"limits": accuracy, "width": 0.46},
+            )
+            for world in WORLDS
+        ],
+        columns=3,
+        height=2.6,
+    )
+    names = list(smollm.VARIANTS)
+    looks = pictures.LOOKS | {"dsrl-5": ("DSRL", *pictures.LOOKS["dsrl-10"][1:])}
+    pictures.draw(
+        PICTURES / "smollm.png",
+        "SmolLM2-135M, one seed: GRPO and DSRL learn, PreRL stays, NSR-PreRL falls to 0",
+        [
+            ("Held-out avg@4", "fraction correct", curves(small, names, "avg@4"), {}),
+            ("Held-out pass@4", "fraction with a correct one", curves(small, names, "pass@4"), {}),
+            ("Entropy of π(·|x)", "nats per token", curves(small, names, "entropy"), {}),
+        ],
+        columns=3,
+        height=3.1,
+        looks=looks,
+    )
+    pictures.draw_pass_against_avg(PICTURES / "pass_against_avg.png", worlds)
+
+
+def tables(runs: dict, finals: dict, worlds: dict, small: dict) -> dict[Path, dict[str, str]]:
+    """{page: {mark: table}}."""
+    few = ["step 20", "end", "hard, end", "steps to 0.5", "steps to 0.8", "steps to 0.9"]
+    warmups = ["grpo", "dsrl-5", "dsrl-10", "dsrl-20", "dsrl-40", "nsr-rl-then-rl"]
+    gradients = ["mean cosine", "fraction negative", "cosine of PreRL", "cosine of NSR-PreRL"]
+    return {
+        ROOT / "docs" / "study.md": {
+            "methods": accuracy_table(runs, finals, (*SHOWN[:3], "dsrl-10"), few),
+            "gradients": bases_table(gradients),
+            "thoughts": thoughts_table(runs),
+            "warm-ups": accuracy_table(runs, finals, warmups, ["end", "hard, end", "steps to 0.8"]),
+            "summary of the worlds": worlds_summary(worlds),
+            "a response": responses_table("72 - 48"),
+        },
+        ROOT / "study" / "tables.md": {
+            "commands": commands_table(),
+            "accuracy": accuracy_table(runs, finals),
+            "shape": shape_table(runs),
+            "samples": samples_table(),
+            "sweep": sweep_table(runs),
+            "bases": bases_table(),
+            "worlds": worlds_table(worlds),
+            "smollm": smollm_table(small),
+            "responses": responses_table(),
+            "guard": guard_table(runs),
+        },
+    }
+
+
+def render(text: str, parts: dict[str, str]) -> str:
+    """A page with its tables made anew."""
+    for name, table in parts.items():
+        text = fill(text, f"{name}: made by study/report.py", table)
+    return text
+
+
+def read_all() -> tuple[dict, dict, dict, dict]:
+    runs, finals = read_results()
+    return runs, finals, read_worlds(runs), read_smollm()
+
+
+def main() -> None:
+    runs, finals, worlds, small = read_all()
+    draw_pictures(runs, worlds, small)
+    for page, parts in tables(runs, finals, worlds, small).items():
+        page.write_text(render(page.read_text(), parts))
+
+
+if __name__ == "__main__":
+    main()
