@@ -50,7 +50,6 @@ class Args:
     new_tokens: int = 128
     learning_rate: float = 3e-6
     weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
     flags: str = ""
     """more flags for our two scripts"""
     output: Path = ROOT / "runs" / "vs_trl"
@@ -95,7 +94,7 @@ def write_prompts(path: Path, model: str, args: Args) -> None:
 def run(program: Program, report: Path, args: Args) -> None:
     """One run of a program, with its output in a .log beside the report."""
     shared = "num_steps num_prompts num_generations new_tokens"
-    shared += " learning_rate weight_decay max_grad_norm"
+    shared += " learning_rate weight_decay"
     flags = ["--report", str(report)]
     for name in shared.split():
         flags += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
