@@ -2,8 +2,8 @@
 
 The algorithms are in grpo_baseline.py, prerl.py, nsr_prerl.py and dsrl.py. In order of use: engine,
 weight sync, rollout, advantages and loss, policy and micro-batches, canary, evaluation. What a run
-reads is in inputs.py; command line, output folder and checkpoints are in harness.py; what only a
-CPU or a library's fault needs is in workarounds.py.
+reads is in inputs.py, which models it takes in models.py; command line, output folder and
+checkpoints are in harness.py; what only a CPU or a library's fault needs is in workarounds.py.
 """
 
 import contextlib
@@ -78,6 +78,8 @@ def make_engine(path: str, vocab_size: int, args, shared: bool = True):
             **extra,
         )
         separate(engine)
+    if "lm_head.bias" in models.read_shapes(path, path):
+        engine.collective_rpc(workarounds.register_head_bias)
     sleep(engine, args)
     return engine
 
@@ -238,10 +240,14 @@ def ranks_per_engine(engine) -> int:
     return engine.llm_engine.vllm_config.parallel_config.tensor_parallel_size
 
 
+# Of matrices that are cut by rows: each rank has the whole bias. The last three: Phi-2, StarCoder 2
+ROW_BIASES = ("o_proj.bias", "down_proj.bias", "dense.bias", "fc2.bias", "c_proj.bias")
+
+
 def copies(name: str, config, engine) -> int:
     """How many ranks of a tensor-parallel engine hold each element of a parameter."""
     tp = ranks_per_engine(engine)
-    if "norm" in name or name.endswith(("o_proj.bias", "down_proj.bias")):
+    if "norm" in name or name.endswith(ROW_BIASES):
         return tp
     if "k_proj" in name or "v_proj" in name:
         return max(1, tp // config.num_key_value_heads)
@@ -518,9 +524,9 @@ class TokenLogprobs(torch.autograd.Function):
     """log softmax(f(h Wᵀ + b) / temperature)[y], a chunk of tokens at a time.
 
     f(z) = cap·tanh(slope·z/cap), which is slope·z where cap is ∞: models.head_form(). b may be
-    None. Neither pass holds more than one chunk of logits, in one buffer; the backward computes them
-    again, but not their normaliser. The gradient of W adds up in place, where autograd would make
-    a new [V, H] for every chunk.
+    None. Neither pass holds more than one chunk of logits, in one buffer; the backward computes
+    them again, but not their normaliser. The gradient of W adds up in place, where autograd would
+    make a new [V, H] for every chunk.
     """
 
     @staticmethod
@@ -665,6 +671,8 @@ def load_policy(path: str, config, vocab_size: int, args, device) -> Policy:
             attention = "plain"
             AttentionInterface.register(attention, plain_attention)
             AttentionMaskInterface.register(attention, eager_mask)
+    if getattr(config, "attn_logit_softcapping", None):
+        attention = "eager"  # Gemma 2's scores have a cap, which PyTorch's kernels leave out
     lm = models.meta_model(config, master, attention)
     if args.gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})

@@ -49,10 +49,10 @@ def load_model_files(args):
         path = local_folder(source, ["*.json", "*.txt", "*.jinja", "*.model"])
         models.check_folder(args.model, path)
         config = AutoConfig.from_pretrained(path)
-        tokenizer = load_tokenizer(path)
         lm = models.check_config(args.model, config)
         path = local_folder(source, ["model*.safetensors"])  # what takes long, once it will be used
         models.check_weights(args.model, path, lm)
+        tokenizer = load_tokenizer(path)
     except Exception as error:
         fail(f"--model {args.model} cannot be loaded: {first_line(error)}")
     if off := models.dropouts(config):

@@ -83,7 +83,9 @@ def check_weights(name: str, path: str, lm) -> None:
     wanted = {key: list(weight.shape) for key, weight in lm.named_parameters()}  # tied ones once
     missing = [key for key in wanted if key not in shapes]
     if missing:
-        fail(f"--model {name} lacks {len(missing)} weights of a {type(lm).__name__}: {few(missing)}")
+        fail(
+            f"--model {name} lacks {len(missing)} weights of a {type(lm).__name__}: {few(missing)}"
+        )
     other = [key for key in wanted if shapes[key] != wanted[key]]
     if other:
         key = other[0]
@@ -104,7 +106,7 @@ def few(names: list[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
-# ------------------------------------------------------------------------------------- the structure
+# ------------------------------------------------------------------------------------ the structure
 
 
 def check_config(name: str, config) -> None:
@@ -179,7 +181,7 @@ def lacks(lm) -> str:
     return ""
 
 
-# ------------------------------------------------------------------------------------------ the head
+# ----------------------------------------------------------------------------------------- the head
 
 
 @torch.no_grad()
@@ -190,12 +192,13 @@ def head_form(lm) -> tuple[float, float] | None:
     read off the model's own forward: at hidden size 1, with a head of weight 1, its logits are a
     function of one number. None if that is another function.
     """
-    from transformers.modeling_outputs import BaseModelOutputWithPast
+    from transformers.modeling_outputs import MoeModelOutputWithPast
 
+    # Granite 4, dense, asks for the fields of a mixture of experts too
     z = torch.cat([torch.tensor([2.0**-20, 2.0**100]), torch.linspace(-60, 60, 99)]).double()
     probe = copy.copy(lm)
     body, head = nn.Identity(), nn.Linear(1, 1, bias=False, dtype=torch.float64)
-    body.forward = lambda *_, **__: BaseModelOutputWithPast(last_hidden_state=z[None, :, None])
+    body.forward = lambda *_, **__: MoeModelOutputWithPast(last_hidden_state=z[None, :, None])
     head.weight.fill_(1.0)
     probe._modules = {"model": body, "lm_head": head}  # of the copy: lm keeps its own
     try:

@@ -11,6 +11,7 @@ before and after each update, and at first with those of transformers' own logit
 import contextlib
 import gc
 import io
+import re
 import sys
 import tempfile
 import time
@@ -49,9 +50,7 @@ LLAMA3 = dict(
     high_freq_factor=4.0,
     original_max_position_embeddings=64,
 )
-YARN = dict(
-    rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=128
-)
+YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=128)
 
 # family -> (model type of transformers, what its config has beside SIZES)
 TRAINED = {
@@ -79,18 +78,6 @@ TRAINED = {
     "Gemma 3, text": (
         "gemma3_text",
         dict(tie_word_embeddings=True, sliding_window=8, layer_types=[WINDOW, FULL]),
-    ),
-    "Gemma 4, text": (
-        "gemma4_text",
-        dict(
-            tie_word_embeddings=True,
-            sliding_window=8,
-            layer_types=[WINDOW, FULL],
-            hidden_size_per_layer_input=0,
-            num_kv_shared_layers=0,
-            global_head_dim=32,
-            final_logit_softcapping=3.0,
-        ),
     ),
     "VaultGemma": (
         "vaultgemma",
@@ -162,6 +149,84 @@ TRAINED = {
 }
 
 
+# The same for what is refused, with words of the line that says why
+MOE, PARTS, STATE = "is a mixture of experts", "has no model.", "has more than matrices"
+UNKNOWN, KV = "this vLLM does not know", dict(num_key_value_heads=2)
+EXPERTS = dict(num_experts=4, num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+DEEPSEEK = dict(n_routed_experts=4, n_group=1, topk_group=1, first_k_dense_replace=1)
+REFUSED = {
+    "Qwen2-MoE": ("qwen2_moe", dict(EXPERTS, shared_expert_intermediate_size=32), MOE),
+    "Qwen3-MoE": ("qwen3_moe", EXPERTS, MOE),
+    "Mixtral": ("mixtral", EXPERTS, MOE),
+    "OLMoE": ("olmoe", EXPERTS, MOE),
+    "gpt-oss": ("gpt_oss", EXPERTS, MOE),
+    "DeepSeek V2": ("deepseek_v2", dict(EXPERTS, **DEEPSEEK), MOE),
+    "DeepSeek V3": ("deepseek_v3", dict(EXPERTS, **DEEPSEEK), MOE),
+    "GLM-4.5": ("glm4_moe", dict(EXPERTS, **DEEPSEEK), MOE),
+    "Granite MoE": ("granitemoe", EXPERTS, MOE),
+    "Ernie 4.5 MoE": ("ernie4_5_moe", dict(EXPERTS, moe_num_experts=4), MOE),
+    "Llama 4": ("llama4_text", EXPERTS, MOE),
+    "Phi-3.5-MoE": ("phimoe", EXPERTS, MOE),
+    "Granite 4, hybrid": (
+        "granitemoehybrid",
+        dict(num_local_experts=0, layer_types=["mamba", "attention"], mamba_n_heads=4),
+        STATE,
+    ),
+    "Qwen3-Next": ("qwen3_next", dict(EXPERTS, layer_types=["linear_attention", FULL]), MOE),
+    "Qwen3.5": ("qwen3_5_text", dict(layer_types=["linear_attention", FULL]), STATE),
+    "OLMo, hybrid": ("olmo_hybrid", dict(layer_types=["linear_attention", FULL]), STATE),
+    "LFM2": ("lfm2", dict(layer_types=["conv", FULL]), STATE),
+    "Falcon-H1": ("falcon_h1", {}, STATE),
+    "Jamba": ("jamba", dict(num_experts=1), STATE),
+    "Zamba 2": ("zamba2", {}, STATE),
+    "Bamba": ("bamba", {}, STATE),
+    "RecurrentGemma": ("recurrent_gemma", {}, STATE),
+    "Mamba": ("mamba", {}, PARTS),
+    "Mamba 2": ("mamba2", {}, PARTS),
+    "Falcon Mamba": ("falcon_mamba", {}, PARTS),
+    "Nemotron-H": ("nemotron_h", {}, MOE),
+    "GPT-2": ("gpt2", {}, PARTS),
+    "GPT-Neo": ("gpt_neo", {}, PARTS),
+    "GPT-NeoX, Pythia": ("gpt_neox", {}, PARTS),
+    "GPT-J": ("gptj", {}, PARTS),
+    "StarCoder": ("gpt_bigcode", {}, PARTS),
+    "OPT": ("opt", {}, PARTS),
+    "BLOOM": ("bloom", {}, PARTS),
+    "Falcon": ("falcon", {}, PARTS),
+    "MPT": ("mpt", {}, PARTS),
+    "BERT": ("bert", {}, PARTS),
+    "Gemma 3, with images": ("gemma3", {}, PARTS),
+    "Gemma 4 E2B, text": ("gemma4_text", {}, "is no layer, embedding or head"),
+    "Gemma 4, text": (
+        "gemma4_text",
+        dict(layer_types=[WINDOW, FULL], hidden_size_per_layer_input=0, num_kv_shared_layers=0),
+        "computes logits in a way that the trainer does not know",
+    ),
+    "Qwen2.5-VL": ("qwen2_5_vl", {}, "is no causal language model"),
+    "T5": ("t5", {}, "is no causal language model"),
+    "Helium": ("helium", KV, UNKNOWN),
+    "Persimmon": ("persimmon", KV, UNKNOWN),
+    "nanochat": ("nanochat", KV, UNKNOWN),
+    "DiffLlama": ("diffllama", KV, UNKNOWN),
+}
+
+
+def refusal(name: str) -> str:
+    """The line with which a family is refused; no checkpoint is needed for it."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    import models
+
+    model_type, changes, _ = REFUSED[name]
+    config = AutoConfig.for_model(model_type, **{**(SIZES if changes else {}), **changes})
+    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, "")]
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.suppress(SystemExit):
+        models.check_config("MODEL", config)
+    return said.getvalue().strip().removeprefix("error: --model MODEL ")
+
+
 def save_model(folder: Path, model_type: str, changes: dict) -> str:
     """A checkpoint and its tokenizer; all vectors are drawn at random too, biases among them."""
     from conftest import save_tokenizer
@@ -188,7 +253,9 @@ def train(folder: str, args) -> list[float]:
     import harness
     import inputs
 
-    _, _, device = harness.init_distributed()  # anew: an engine takes the group with it at its end
+    if not dist.is_initialized():  # an engine takes the group with it at its end
+        harness.init_distributed()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     path, config, tokenizer = inputs.load_model_files(args)
     vocab_size = inputs.num_tokens(tokenizer, config)
     engine = common.make_engine(path, vocab_size, args)
@@ -207,7 +274,9 @@ def train(folder: str, args) -> list[float]:
             batch = common.collate(prompts, responses, range(len(samples)), device)
             logp = policy(*batch)
             if step == 0:
-                own = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+                own = AutoModelForCausalLM.from_pretrained(
+                    path, dtype=torch.float32, attn_implementation="eager"
+                ).eval()
                 expected = plain_logprobs(own, prompts, responses, vocab_size, args.temperature)
                 gaps.append((logp.detach().cpu() - expected).abs().mean().item())
             A = torch.randn(16, generator=torch.Generator().manual_seed(step)).to(device)
@@ -267,7 +336,9 @@ def sweep(names) -> dict[str, float | str]:
         start = time.time()
         with tempfile.TemporaryDirectory() as folder:
             try:
-                found[name] = max(train(save_model(Path(folder), *TRAINED[name]), make_args(folder)))
+                found[name] = max(
+                    train(save_model(Path(folder), *TRAINED[name]), make_args(folder))
+                )
             except (Exception, SystemExit) as error:
                 traceback.print_exc()
                 found[name] = f"{type(error).__name__}: {error}"
@@ -276,16 +347,32 @@ def sweep(names) -> dict[str, float | str]:
     return found
 
 
+def tables(found: dict) -> str:
+    """The page's tables: what trains, with the gap of this run, and what is refused and why."""
+    types_of = {name: model_type for name, (model_type, _) in TRAINED.items()}
+    text = "| trains | model type | largest gap |\n|---|---|---|\n"
+    text += "".join(f"| {name} | `{types_of[name]}` | {gap:.0e} |\n" for name, gap in found.items())
+    text += "\n| refused | model type | because it |\n|---|---|---|\n"
+    for name, (model_type, _, _) in REFUSED.items():
+        why = re.sub(r"^cannot be \w+( from)?: (its )?|<class .*> ", "", refusal(name))
+        text += f"| {name} | `{model_type}` | {why} |\n"
+    return text
+
+
 def main(args) -> None:
+    import generate
+
     import workarounds
 
     if not torch.cuda.is_available():
         workarounds.prepare_cpu_engine()
-    names = args.names or list(TRAINED)
-    found = sweep(names)
-    bad = [n for n, gap in found.items() if not (isinstance(gap, float) and gap <= LIMIT)]
-    print("failed:", bad, file=sys.stderr)
-    sys.exit(bool(bad))
+    found = sweep(args.names or TRAINED)
+    failed = [n for n, gap in found.items() if not (isinstance(gap, float) and gap <= LIMIT)]
+    failed += [name for name, (_, _, why) in REFUSED.items() if why not in refusal(name)]
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+    if not args.names:
+        PAGE.write_text(generate.fill(PAGE.read_text(), "families", tables(found)))
 
 
 if __name__ == "__main__":

@@ -592,7 +592,7 @@ def test_models_that_cannot_be_used(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
     output = run("dsrl", tmp_path / "run", "--model", str(tmp_path / "empty"), code=2)
-    assert "the folder holds no *.safetensors" in output
+    assert "there is no model.safetensors" in output
     data = tmp_path / "data.jsonl"
     data.write_text("")
     output = run("dsrl", tmp_path / "run", "--dataset", str(data), code=2)
