@@ -136,12 +136,13 @@ def check_config(name: str, config) -> None:
 
 
 def meta_model(config, dtype=torch.float32, attention: str = "eager"):
-    """The model without memory for its weights, with dropout off."""
+    """The trainer's model without memory for its weights, with dropout off."""
     from transformers import AutoModelForCausalLM
 
     config = copy.deepcopy(config)
     for key in dropouts(config):
         setattr(config, key, 0.0)
+    workarounds.match_windows(config)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
 
@@ -168,6 +169,8 @@ def lacks(lm) -> str:
         return f"has no {' and no '.join(missing)}"
     if deep := next((name for name, weight in weights.items() if weight.ndim > 2), None):
         return f"has more than matrices: experts, convolutions or state spaces ({deep})"
+    if number := next((name for name, weight in weights.items() if weight.numel() == 1), None):
+        return f"has a single number as a weight, which vLLM keeps in bfloat16 ({number})"
     own = tuple(f"{part}." for part in PARTS)
     beside = (name for name, weight in weights.items() if weight.ndim > 1)
     if other := next((name for name in beside if not name.startswith(own)), None):
