@@ -78,7 +78,7 @@ def make_engine(path: str, vocab_size: int, args, shared: bool = True):
             **extra,
         )
         separate(engine)
-    if "lm_head.bias" in models.read_shapes(path, path):
+    if "lm_head.bias" in models.read_headers(path, path):
         engine.collective_rpc(workarounds.register_head_bias)
     sleep(engine, args)
     return engine
@@ -618,8 +618,9 @@ class Policy(nn.Module):
         out = self.lm.model(input_ids=tokens, past_key_values=cache, use_cache=bool(prefix))
         hidden = torch.cat([*before, out.last_hidden_state], 1)[:, :-1]  # [B, L-first, H]
         marked = is_response[:, first:]  # position t-1 predicts token t
-        head = self.lm.lm_head  # without the padded vocabulary
-        W, b = (None if p is None else p[: self.vocab_size] for p in (head.weight, head.bias))
+        # The head without the padded vocabulary
+        W = self.lm.lm_head.weight[: self.vocab_size]
+        b = None if self.lm.lm_head.bias is None else self.lm.lm_head.bias[: self.vocab_size]
         numbers = self.temperature, self.slope, self.cap, self.chunk
         return TokenLogprobs.apply(hidden[marked], W, b, tokens[:, first:][marked], *numbers)
 
@@ -631,16 +632,16 @@ def plain_attention(module, q, k, v, mask, scaling: float, **_):
     not repeated.
 
     Args:
-        q: [B, H, L, D]; k, v: [B, K, S, D]; mask: added to the scores [B, H, L, S].
+        q: [B, H, L, D]; k: [B, K, S, D]; v: [B, K, S, E]; mask: added to the scores [B, H, L, S].
 
     Returns:
-        [B, L, H, D], and None, as transformers asks.
+        [B, L, H, E], and None, as transformers asks.
     """
     B, H, L, D = q.shape
     scores = (q * scaling).reshape(B, k.shape[1], -1, D) @ k.mT  # [B, K, H/K * L, S]
     weights = scores.view(B, H, L, -1).add_(mask).softmax(-1)
     out = weights.view(scores.shape) @ v
-    return out.view(B, H, L, D).transpose(1, 2).contiguous(), None
+    return out.view(B, H, L, v.shape[-1]).transpose(1, 2).contiguous(), None
 
 
 def load_policy(path: str, config, vocab_size: int, args, device) -> Policy:

@@ -22,7 +22,7 @@ from harness import announce, fail, first_line
 
 
 def check_folder(name: str, path: str) -> None:
-    """Refuse adapters, and folders without a config or without weights."""
+    """Refuse adapters, and folders without a config."""
     folder = Path(path)
     if (folder / "adapter_config.json").is_file():
         base = json.loads((folder / "adapter_config.json").read_text())
@@ -39,17 +39,13 @@ def weight_files(path: str) -> list[Path]:
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
     if index.is_file():
-        return [folder / file for file in sorted(set(read_index(index).values()))]
+        file_of = json.loads(index.read_text())["weight_map"]  # of each tensor
+        return [folder / file for file in sorted(set(file_of.values()))]
     return []
 
 
-def read_index(index: Path) -> dict[str, str]:
-    """File of each tensor."""
-    return json.loads(index.read_text())["weight_map"]
-
-
-def read_shapes(name: str, path: str) -> dict[str, list[int]]:
-    """Shape of each tensor of the checkpoint, from the files' headers."""
+def read_headers(name: str, path: str) -> dict[str, tuple[list[int], str]]:
+    """Shape and dtype (F32, BF16, ...) of each tensor of the checkpoint."""
     files = weight_files(path)
     if not files and list(Path(path).glob("*.bin")):
         fail(
@@ -61,37 +57,41 @@ def read_shapes(name: str, path: str) -> dict[str, list[int]]:
             f"--model {name}: there is no model.safetensors, whole or in parts. Weights in .bin "
             "files: load them with transformers and save_pretrained() the model"
         )
-    shapes = {}
+    headers = {}
     for file in files:
         if not file.is_file():
             fail(f"--model {name}: {file.name} is missing, which the index names")
         try:
             with safe_open(file, "pt") as tensors:
-                shapes |= {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}
+                for key in tensors.keys():
+                    tensor = tensors.get_slice(key)
+                    headers[key] = tensor.get_shape(), tensor.get_dtype()
         except SafetensorError as error:
             fail(f"--model {name}: {file.name} cannot be read: {first_line(error)}")
-    return shapes
+    return headers
 
 
 def check_weights(name: str, path: str, lm) -> None:
-    """Refuse a checkpoint that lacks a weight, or has one of another shape.
+    """Refuse a checkpoint that lacks a weight, or has one of another shape or of fewer bits.
 
     Args:
         lm: the model on the meta device.
     """
-    shapes = read_shapes(name, path)
+    headers = read_headers(name, path)
     wanted = {key: list(weight.shape) for key, weight in lm.named_parameters()}  # tied ones once
-    missing = [key for key in wanted if key not in shapes]
+    missing = [key for key in wanted if key not in headers]
     if missing:
         fail(
             f"--model {name} lacks {len(missing)} weights of a {type(lm).__name__}: {few(missing)}"
         )
-    other = [key for key in wanted if shapes[key] != wanted[key]]
-    if other:
-        key = other[0]
-        fail(f"--model {name}: {key} is {shapes[key]}, but {wanted[key]} by config.json")
-    known = {key for key, _ in lm.named_parameters(remove_duplicate=False)}
-    unused = [key for key in shapes if key not in known and "rotary_emb" not in key]  # old Llamas'
+    for key, shape in wanted.items():
+        found, dtype = headers[key]
+        if found != shape:
+            fail(f"--model {name}: {key} is {found}, but {shape} by config.json")
+        if dtype not in ("F64", "F32", "F16", "BF16"):
+            fail(f"--model {name} is quantised: {key} is of type {dtype}")
+    known = lm.state_dict()  # with tied weights and buffers
+    unused = [key for key in headers if key not in known and "rotary_emb" not in key]  # old Llamas'
     if unused:
         announce(f"{len(unused)} tensors of the files are not the model's: {few(unused)}")
 
@@ -126,12 +126,12 @@ def check_config(name: str, config) -> None:
         fail(f"--model {name} is no causal language model of transformers: {first_line(error)}")
     kind = type(lm).__name__
     if lack := lacks(lm):
-        fail(f"--model {name} cannot be trained: its {kind} {lack}")
+        fail(f"--model {name} cannot be used: its {kind} {lack}. See docs/families.md")
     named = config.architectures or ["nothing"]
     if kind not in named:
         fail(f"--model {name}: architectures in config.json must name {kind}, not {named[0]}")
     if not workarounds.engine_knows(kind):
-        fail(f"--model {name} cannot be sampled from: this vLLM does not know {kind}")
+        fail(f"--model {name} cannot be used: this vLLM does not know {kind}")
     return lm
 
 

@@ -24,13 +24,45 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.slow
-def test_families_train(tmp_path):
+def test_families_train():
     """The sweep: every family of the page, three updates each; one engine after the other."""
     command = [sys.executable, "tests/families.py", *families.TRAINED]
     done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=3000, check=False
+        command, cwd=ROOT, env=without_rank(), capture_output=True, timeout=3000, check=False
     )
-    assert done.returncode == 0, done.stderr[-5000:]
+    assert done.returncode == 0, done.stderr.decode()[-5000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["Gemma 2", "OLMo 2"])
+def test_by_the_command_line(tmp_path, family):
+    """Three updates of a script, and an evaluation of what it exports."""
+    model = families.save_model(tmp_path / "tiny", *families.TRAINED[family])
+    run = tmp_path / "run"
+    flags = f"--preset lab --num-steps 3 --num-prompts 4 --num-generations 2 --output-dir {run}"
+    flags += " --advantage sign --learning-rate 1e-2 --max-completion-length 24 --eval-every 0"
+    for words in (
+        ["grpo_baseline.py", *flags.split(), "--model", model],
+        ["evaluate.py", *f"--preset lab --num-samples 1 --model {run}/model".split()]
+        + f"--output-dir {tmp_path}/eval --max-completion-length 8".split(),
+    ):
+        command = [sys.executable, *words]
+        done = subprocess.run(
+            command, cwd=ROOT, env=without_rank(), capture_output=True, timeout=900, check=False
+        )
+        assert done.returncode == 0, done.stderr.decode()[-3000:]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 3 and all(row["policy/grad_norm"] > 0 for row in rows)
+    assert max(row["sync/logprob_gap"] for row in rows) < families.LIMIT
+    first, last = (
+        load_file(folder / "model.safetensors") for folder in (Path(model), run / "model")
+    )
+    assert first.keys() == last.keys() and not any(torch.equal(first[k], last[k]) for k in first)
+
+
+def without_rank() -> dict[str, str]:
+    """The environment, without what one_rank puts there."""
+    return {key: value for key, value in os.environ.items() if key != "RANK"}
 
 
 def test_the_page_has_every_family():
@@ -76,6 +108,7 @@ def change_config(folder: Path, **changes) -> None:
         ("none", "there is no model.safetensors"),
         ("part", "model-00002-of-00002.safetensors is missing, which the index names"),
         ("fp8", "is quantised (fp8)"),
+        ("bytes", "is quantised: model.layers.1.mlp.up_proj.weight is of type F8_E4M3"),
         ("adapter", "is an adapter of Qwen/Qwen2.5-7B: merge the two"),
         ("config", "holds no config.json"),
         ("classifier", "must name Qwen2ForCausalLM, not Qwen2ForSequenceClassification"),
@@ -86,11 +119,14 @@ def test_checkpoints_that_cannot_be_used(folder, capsys, fault, message):
     file = folder / "model.safetensors"
     weights = load_file(file)
     up = "model.layers.1.mlp.up_proj.weight"
-    if fault in ("weight", "shape"):
+    if fault in ("weight", "shape", "bytes"):
+        changed = {
+            "shape": weights[up][:64].contiguous(),
+            "bytes": weights[up].to(torch.float8_e4m3fn),
+        }
+        weights |= {up: changed.get(fault, weights[up])}
         if fault == "weight":
             del weights[up]
-        else:
-            weights[up] = weights[up][:64].contiguous()
         save_file(weights, file, {"format": "pt"})
     elif fault == "layers":
         change_config(folder, num_hidden_layers=3, layer_types=["full_attention"] * 3)
@@ -142,12 +178,17 @@ def test_mixtures_of_experts_by_the_command_line(tmp_path, script):
     model = families.save_model(tmp_path / "model", kind, changes)
     command = [sys.executable, f"{script}.py", "--preset", "lab", "--model", model]
     command += ["--output-dir", str(tmp_path / "run")]
-    env = {key: value for key, value in os.environ.items() if key != "RANK"}  # of one_rank
     done = subprocess.run(
-        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False
+        command,
+        cwd=ROOT,
+        env=without_rank(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert done.returncode == 2 and not (tmp_path / "run").exists()
-    assert "cannot be trained: its Qwen3MoeForCausalLM is a mixture of experts" in done.stderr
+    assert "cannot be used: its Qwen3MoeForCausalLM is a mixture of experts" in done.stderr
     assert done.stderr.count("error:") == 1 and "Traceback" not in done.stderr
 
 
