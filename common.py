@@ -2,8 +2,8 @@
 
 The algorithms are in grpo_baseline.py, prerl.py, nsr_prerl.py and dsrl.py. In order of use: engine,
 weight sync, rollout, advantages and loss, policy and micro-batches, canary, evaluation. What a run
-reads is in inputs.py; command line, output folder and checkpoints are in harness.py; what only a
-CPU or a library's fault needs is in workarounds.py.
+reads is in inputs.py, which models it takes in models.py; command line, output folder and
+checkpoints are in harness.py; what only a CPU or a library's fault needs is in workarounds.py.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ from torch import nn
 
 import grading
 import harness
+import models
 import thoughts
 import workarounds
 
@@ -61,7 +62,7 @@ def make_engine(path: str, vocab_size: int, args, shared: bool = True):
         )
     from vllm import LLM
 
-    with start, workarounds.own_threads():
+    with start, workarounds.own_threads(), workarounds.own_model_classes() as separate:
         engine = LLM(
             path,
             load_format="dummy",
@@ -76,6 +77,9 @@ def make_engine(path: str, vocab_size: int, args, shared: bool = True):
             disable_log_stats=True,
             **extra,
         )
+        separate(engine)
+    if "lm_head.bias" in models.read_headers(path, path):
+        engine.collective_rpc(workarounds.register_head_bias)
     sleep(engine, args)
     return engine
 
@@ -157,14 +161,15 @@ def sync_weights(engine, policy) -> None:
     send_weights(engine, weights, policy.vocab_size, policy.lm.config)
 
 
-def read_weights(path: str):
-    """(name, tensor) of each weight of a checkpoint's *.safetensors."""
+def read_weights(path: str, config):
+    """(name, tensor) of each weight of a checkpoint that the model has."""
     from safetensors import safe_open
 
-    for file in sorted(Path(path).glob("*.safetensors")):
+    used = {name for name, _ in models.meta_model(config).named_parameters()}
+    for file in models.weight_files(path):
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():
-                if "rotary_emb" not in name:  # old Llama files; no weight of the model
+                if name in used:
                     yield name, tensors.get_tensor(name)
 
 
@@ -177,16 +182,17 @@ def send_weights(engine, weights, vocab_size: int, config) -> dict[str, int]:
     wake(engine, "weights")
     device = "cuda" if torch.cuda.is_available() else "cpu"  # adding up is slow on a CPU
     dtype, sums = engine.llm_engine.model_config.dtype, {}
+    copied = config.tie_word_embeddings and has_head(engine)
 
     def adapted():  # to the engine's dtype, untied head and unpadded vocabulary
         for name, weight in weights:
             weight = weight.to(device, dtype)
-            if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            if name.endswith(VOCABULARY):
                 weight = weight[:vocab_size]
             if config.tie_word_embeddings and name == "lm_head.weight":
                 continue
             names = [name]
-            if config.tie_word_embeddings and name.endswith("embed_tokens.weight"):
+            if copied and name.endswith("embed_tokens.weight"):
                 names.append("lm_head.weight")
             for name in names:
                 add_bits(sums, name, bits(weight) * copies(name, config, engine))
@@ -195,6 +201,14 @@ def send_weights(engine, weights, vocab_size: int, config) -> dict[str, int]:
     engine.collective_rpc("reload_weights", kwargs={"weights_iterator": adapted()})
     engine.reset_prefix_cache()
     return to_integers(sums)
+
+
+VOCABULARY = ("embed_tokens.weight", "lm_head.weight", "lm_head.bias")  # a row each token
+
+
+def has_head(engine) -> bool:
+    """Has the engine's model a head? vLLM's Gemma 2 and Cohere use the embeddings instead."""
+    return engine.collective_rpc(lambda worker: hasattr(worker.get_model(), "lm_head"))[0]
 
 
 def bits(weight: torch.Tensor) -> torch.Tensor:
@@ -226,10 +240,14 @@ def ranks_per_engine(engine) -> int:
     return engine.llm_engine.vllm_config.parallel_config.tensor_parallel_size
 
 
+# Of matrices that are cut by rows: each rank has the whole bias. The last three: Phi-2, StarCoder 2
+ROW_BIASES = ("o_proj.bias", "down_proj.bias", "dense.bias", "fc2.bias", "c_proj.bias")
+
+
 def copies(name: str, config, engine) -> int:
     """How many ranks of a tensor-parallel engine hold each element of a parameter."""
     tp = ranks_per_engine(engine)
-    if "norm" in name or name.endswith(("o_proj.bias", "down_proj.bias")):
+    if "norm" in name or name.endswith(ROW_BIASES):
         return tp
     if "k_proj" in name or "v_proj" in name:
         return max(1, tp // config.num_key_value_heads)
@@ -257,14 +275,15 @@ def policy_bits(engine, policy) -> dict[str, int]:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config, dtype, sums = policy.lm.config, engine.llm_engine.model_config.dtype, {}
+    copied = config.tie_word_embeddings and has_head(engine)
     for name, parameter in policy.lm.named_parameters():
         weight = parameter.to_local().to(device).to(dtype)
-        if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+        if name.endswith(VOCABULARY):
             first = rank * math.ceil(len(parameter) / world_size)  # row of this rank's shard
             weight = weight[: max(0, policy.vocab_size - first)]
         value = bits(weight) * copies(name, config, engine)
         add_bits(sums, name, value)
-        if config.tie_word_embeddings and name.endswith("embed_tokens.weight"):
+        if copied and name.endswith("embed_tokens.weight"):
             add_bits(sums, "lm_head.weight", value)
     parts = [None] * world_size
     dist.all_gather_object(parts, to_integers(sums))
@@ -502,15 +521,16 @@ def batch_stats(batch, loss, logp, old_logp, args) -> torch.Tensor:
 
 
 class TokenLogprobs(torch.autograd.Function):
-    """log softmax(h Wᵀ / temperature)[y], a chunk of tokens at a time.
+    """log softmax(f(h Wᵀ + b) / temperature)[y], a chunk of tokens at a time.
 
-    Neither pass holds more than one chunk of logits, in one buffer; the backward computes them
-    again, but not their normaliser. The gradient of W adds up in place, where autograd would make
-    a new [V, H] for every chunk.
+    f(z) = cap·tanh(slope·z/cap), which is slope·z where cap is ∞: models.head_form(). b may be
+    None. Neither pass holds more than one chunk of logits, in one buffer; the backward computes
+    them again, but not their normaliser. The gradient of W adds up in place, where autograd would
+    make a new [V, H] for every chunk.
     """
 
     @staticmethod
-    def logits(h, W, temperature: float, chunk: int):
+    def logits(h, W, b, temperature: float, slope: float, cap: float, chunk: int):
         """Of each chunk: its tokens (a slice), float32 logits [c, V], a like matrix in h's dtype.
 
         All chunks use the same memory: on a CPU, getting new memory takes longer than filling it.
@@ -524,32 +544,45 @@ class TokenLogprobs(torch.autograd.Function):
             c = slice(i, min(i + chunk, len(h)))
             low, z = product[: c.stop - i], wide[: c.stop - i]
             z.copy_(torch.mm(h[c], W.T, out=low))
-            yield c, z if temperature == 1 else z.div_(temperature), low
+            if b is not None:
+                z.add_(b)
+            if cap < math.inf:
+                z.mul_(slope / cap).tanh_().mul_(cap / temperature)
+            elif slope != temperature:
+                z.mul_(slope / temperature)
+            yield c, z, low
 
     @staticmethod
-    def forward(ctx, h, W, y, temperature: float, chunk: int):
-        ctx.temperature, ctx.chunk = temperature, chunk
+    def forward(ctx, h, W, b, y, temperature: float, slope: float, cap: float, chunk: int):
+        ctx.numbers = temperature, slope, cap, chunk
         wide = torch.promote_types(h.dtype, torch.float32)
         chosen, norm = h.new_empty(len(h), dtype=wide), h.new_empty(len(h), 1, dtype=wide)
-        for c, z, _ in TokenLogprobs.logits(h, W, temperature, chunk):
+        for c, z, _ in TokenLogprobs.logits(h, W, b, *ctx.numbers):
             chosen[c] = z.gather(1, y[c, None])[:, 0]
             top = z.amax(-1, keepdim=True)
             norm[c] = top + z.sub_(top).exp_().sum(-1, keepdim=True).log_()  # log Σ exp, in place
-        ctx.save_for_backward(h, W, y, norm)
+        ctx.save_for_backward(h, W, b, y, norm)
         return chosen - norm[:, 0]
 
     @staticmethod
     def backward(ctx, grad):
-        h, W, y, norm = ctx.saved_tensors
+        h, W, b, y, norm = ctx.saved_tensors
+        temperature, slope, cap, _ = ctx.numbers
         grad_h, part = torch.zeros_like(h), torch.empty_like(W)
         grad_W = torch.zeros(W.shape, dtype=norm.dtype, device=W.device)
-        for c, z, d in TokenLogprobs.logits(h, W, ctx.temperature, ctx.chunk):
-            g = grad[c, None] / ctx.temperature
+        grad_b = None if b is None else torch.zeros_like(grad_W[:, 0])
+        for c, z, d in TokenLogprobs.logits(h, W, b, *ctx.numbers):
+            bend = 1 - (z * (temperature / cap)).square() if cap < math.inf else None  # of tanh
+            g = grad[c, None] * (slope / temperature)
             z.sub_(norm[c]).exp_().mul_(-g)  # ∂logp/∂logits = onehot(y) - softmax
-            d.copy_(z.scatter_add_(1, y[c, None], g))
+            z.scatter_add_(1, y[c, None], g)
+            d.copy_(z if bend is None else z.mul_(bend))
             grad_h[c] = d @ W
             grad_W += torch.mm(d.T, h[c], out=part)
-        return grad_h, grad_W.to(W.dtype), None, None, None
+            if b is not None:
+                grad_b += z.sum(0)
+        grad_b = None if b is None else grad_b.to(b.dtype)
+        return grad_h, grad_W.to(W.dtype), grad_b, None, None, None, None, None
 
 
 class Policy(nn.Module):
@@ -562,6 +595,7 @@ class Policy(nn.Module):
         super().__init__()
         self.lm, self.vocab_size = lm, vocab_size
         self.temperature, self.chunk = temperature, chunk
+        self.slope, self.cap = models.head_form(lm)
 
     def forward(self, tokens: torch.Tensor, is_response: torch.Tensor, prefix: list[int] = ()):
         """log π(token_t | prefix, tokens_<t), float32 [n], at the n marked tokens.
@@ -584,10 +618,11 @@ class Policy(nn.Module):
         out = self.lm.model(input_ids=tokens, past_key_values=cache, use_cache=bool(prefix))
         hidden = torch.cat([*before, out.last_hidden_state], 1)[:, :-1]  # [B, L-first, H]
         marked = is_response[:, first:]  # position t-1 predicts token t
-        head = self.lm.lm_head.weight[: self.vocab_size]  # without the padded vocabulary
-        return TokenLogprobs.apply(
-            hidden[marked], head, tokens[:, first:][marked], self.temperature, self.chunk
-        )
+        # The head without the padded vocabulary
+        W = self.lm.lm_head.weight[: self.vocab_size]
+        b = None if self.lm.lm_head.bias is None else self.lm.lm_head.bias[: self.vocab_size]
+        numbers = self.temperature, self.slope, self.cap, self.chunk
+        return TokenLogprobs.apply(hidden[marked], W, b, tokens[:, first:][marked], *numbers)
 
 
 def plain_attention(module, q, k, v, mask, scaling: float, **_):
@@ -597,16 +632,16 @@ def plain_attention(module, q, k, v, mask, scaling: float, **_):
     not repeated.
 
     Args:
-        q: [B, H, L, D]; k, v: [B, K, S, D]; mask: added to the scores [B, H, L, S].
+        q: [B, H, L, D]; k: [B, K, S, D]; v: [B, K, S, E]; mask: added to the scores [B, H, L, S].
 
     Returns:
-        [B, L, H, D], and None, as transformers asks.
+        [B, L, H, E], and None, as transformers asks.
     """
     B, H, L, D = q.shape
     scores = (q * scaling).reshape(B, k.shape[1], -1, D) @ k.mT  # [B, K, H/K * L, S]
     weights = scores.view(B, H, L, -1).add_(mask).softmax(-1)
     out = weights.view(scores.shape) @ v
-    return out.view(B, H, L, D).transpose(1, 2).contiguous(), None
+    return out.view(B, H, L, v.shape[-1]).transpose(1, 2).contiguous(), None
 
 
 def load_policy(path: str, config, vocab_size: int, args, device) -> Policy:
@@ -637,8 +672,9 @@ def load_policy(path: str, config, vocab_size: int, args, device) -> Policy:
             attention = "plain"
             AttentionInterface.register(attention, plain_attention)
             AttentionMaskInterface.register(attention, eager_mask)
-    with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(config, dtype=master, attn_implementation=attention)
+    if getattr(config, "attn_logit_softcapping", None):
+        attention = "eager"  # Gemma 2's scores have a cap, which PyTorch's kernels leave out
+    lm = models.meta_model(config, master, attention)
     if args.gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     policy = Policy(lm, vocab_size, args.temperature).train()

@@ -81,7 +81,7 @@ def main(args: Args) -> None:
     say(f"a response ends at {' or '.join(tokenizer.convert_ids_to_tokens(stop))}")
 
     engine = common.make_engine(path, vocab_size, args, shared=False)
-    sent = common.send_weights(engine, common.read_weights(path), vocab_size, config)
+    sent = common.send_weights(engine, common.read_weights(path, config), vocab_size, config)
     common.check_weights(engine, sent)
 
     parts = folder / "parts"

@@ -452,7 +452,7 @@ def check_disk(folder: Path, path: str, args) -> None:
     from safetensors import safe_open
 
     count = 0
-    for file in Path(path).glob("*.safetensors"):
+    for file in Path(path).glob("model*.safetensors"):
         with safe_open(file, "pt") as tensors:
             count += sum(math.prod(tensors.get_slice(k).get_shape()) for k in tensors.keys())
     # float32 weights and two moments; one checkpoint more than are kept exists while it is written

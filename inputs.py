@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 import data
 import grading
+import models
 from harness import announce, fail, first_line, wait_for_all
 
 # -------------------------------------------------------------------------------------------- model
@@ -26,8 +27,6 @@ def resolve_model(name: str) -> str:
     'Qwen/Qwen2.5-Math-7B'
     """
     if Path(name).is_dir():
-        if not list(Path(name).glob("*.safetensors")):
-            fail(f"--model {name}: the folder holds no *.safetensors")
         return name
     if name == "smollm2":
         from lab import smollm2
@@ -45,28 +44,40 @@ def resolve_model(name: str) -> str:
 
 def load_model_files(args):
     """Config, tokenizer and local path of --model; refuses what the trainer cannot handle."""
-    from huggingface_hub import snapshot_download
     from transformers import AutoConfig
 
     fix_date(args)
     try:
-        path = resolve_model(args.model)
-        if not Path(path).is_dir():
-            if os.environ.get("LOCAL_RANK", "0") == "0":  # once on every node
-                kinds = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
-                snapshot_download(path, allow_patterns=kinds)
-            wait_for_all()
-            path = snapshot_download(path, local_files_only=True)
+        source = resolve_model(args.model)
+        path = local_folder(source, ["*.json", "*.txt", "*.jinja", "*.model"])
+        models.check_folder(args.model, path)
         config = AutoConfig.from_pretrained(path)
+        lm = models.check_config(args.model, config)
+        path = local_folder(source, ["model*.safetensors"])  # what takes long, once it will be used
+        models.check_weights(args.model, path, lm)
         tokenizer = load_tokenizer(path)
     except Exception as error:
         fail(f"--model {args.model} cannot be loaded: {first_line(error)}")
+    if off := models.dropouts(config):
+        announce(f"dropout is off: {', '.join(f'{k} {v:g}' for k, v in off.items())} by config")
     if config.num_attention_heads % args.tensor_parallel_size:
         fail(
             f"--tensor-parallel-size {args.tensor_parallel_size} does not divide the model's "
             f"{config.num_attention_heads} attention heads"
         )
     return path, config, tokenizer
+
+
+def local_folder(source: str, kinds: list[str]) -> str:
+    """The folder itself, or that of a hub id's files of these kinds, fetched once on every node."""
+    from huggingface_hub import snapshot_download
+
+    if Path(source).is_dir():
+        return source
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        snapshot_download(source, allow_patterns=kinds)
+    wait_for_all()
+    return snapshot_download(source, local_files_only=True)
 
 
 def fix_date(args) -> None:

@@ -11,6 +11,7 @@ Each ends with a JSON line. All work on a CPU as well, as far as they need no CU
 """
 
 import json
+import math
 import os
 import random
 import sys
@@ -302,7 +303,7 @@ def head_seconds(rows: int, hidden: int, words: int, device) -> float:
     seconds = []
     for _ in range(4):
         start = time.perf_counter()
-        common.TokenLogprobs.apply(h, W, y, 1.0, 2048).sum().backward()
+        common.TokenLogprobs.apply(h, W, None, y, 1.0, 1.0, math.inf, 2048).sum().backward()
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)

@@ -33,6 +33,12 @@ def save_tiny_model(folder, *, tied=False, context=512, kv_heads=2) -> str:
         if name.endswith("bias"):  # a fresh model's are all 0
             torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(folder)
+    save_tokenizer(folder)
+    return str(folder)
+
+
+def save_tokenizer(folder) -> None:
+    """One token a character."""
     # The last one is a token that transformers adds for this type of model, if it is not there.
     words = ["<pad>", "<bos>", "<eos>", *CHARACTERS, "<|endoftext|>"]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="?"))
@@ -41,7 +47,6 @@ def save_tiny_model(folder, *, tied=False, context=512, kv_heads=2) -> str:
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
     ).save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="session")

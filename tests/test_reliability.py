@@ -589,9 +589,10 @@ def test_killed_before_the_first_step(tmp_path):
 
 def test_models_that_cannot_be_used(tmp_path):
     (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    config = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+    (tmp_path / "empty" / "config.json").write_text(json.dumps(config))
     output = run("dsrl", tmp_path / "run", "--model", str(tmp_path / "empty"), code=2)
-    assert "the folder holds no *.safetensors" in output
+    assert "there is no model.safetensors" in output
     data = tmp_path / "data.jsonl"
     data.write_text("")
     output = run("dsrl", tmp_path / "run", "--dataset", str(data), code=2)
