@@ -318,7 +318,6 @@ def make_args(folder: str) -> types.SimpleNamespace:
         max_prompt_length=16,
         max_completion_length=24,
         temperature=0.8,
-        top_p=1.0,
         seed=1,
         gradient_checkpointing=False,
         cpu_offload=False,

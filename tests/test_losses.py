@@ -16,6 +16,7 @@ import data
 import grad_alignment
 import grading
 import inputs
+import models
 import plot
 import thoughts
 from benchmark import gpu_parts, hardware, step_breakdown
@@ -24,7 +25,7 @@ from study import experiments, report, smollm
 MEAN, GRPO, RLOO, REINFORCE, SIGN = "mean", "grpo", "rloo", "reinforce++", "sign"
 
 
-MODULES = [common, inputs, data, grading, thoughts, plot, grad_alignment]
+MODULES = [common, inputs, data, models, grading, thoughts, plot, grad_alignment]
 MODULES += [gpu_parts, hardware, step_breakdown, experiments, report, smollm]
 
 

@@ -279,8 +279,9 @@ def test_resume_in_the_same_folder(runs, tmp_path):
     assert same(weights(tmp_path), weights(runs[0]["grpo_baseline"]))
 
 
-@pytest.mark.parametrize("tensor_parallel", [1, 2])
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    ("script", "tensor_parallel"), [*((script, 1) for script in SCRIPTS), ("dsrl", 2)]
+)
 def test_two_processes(runs, tmp_path, script, tensor_parallel, monkeypatch):
     """The first step samples the same responses on any number of ranks, and updates alike.
 
