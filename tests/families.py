@@ -286,7 +286,7 @@ def train(folder: str, args) -> list[float]:
             lengths = torch.tensor([len(y) for y in responses], device=device)
             (-(A.repeat_interleave(lengths) * logp).mean()).backward()
             before = {name: p.detach().clone() for name, p in policy.named_parameters()}
-            common.optimizer_step(policy, optimizer, 1.0)
+            common.optimizer_step(policy, optimizer)
             same = [n for n, p in policy.named_parameters() if torch.equal(p, before[n])]
             assert not same, f"not trained: {same}"
             common.sync_weights(engine, policy)

@@ -17,7 +17,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_scripts import ROOT, SMALL, learned, metrics, run, same, weights
+from test_scripts import ROOT, SMALL, completions, learned, metrics, run, same, weights
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, LlamaConfig
 
@@ -284,9 +284,20 @@ def test_few_samples_on_two_ranks(tmp_path):
 
 
 def test_steps_that_train_on_nothing(tmp_path):
-    """One line each, once: truncated responses, no boxes, groups without an advantage."""
-    flags = "--num-steps 2 --max-completion-length 4 --eval-every 1".split()
-    output = run("grpo_baseline", tmp_path, *flags)
+    """One line each, once: truncated responses, no boxes, groups without an advantage.
+
+    The same 8 problems and the same weights twice: the second step draws other samples.
+    """
+    data = tmp_path / "data.jsonl"
+    rows = [{"problem": f"Q {v}#3 A", "answer": "01"} for v in range(10, 18)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = "--num-steps 2 --max-completion-length 4 --eval-every 1 --temperature 2".split()
+    output = run("grpo_baseline", tmp_path / "run", *flags, "--dataset", str(data))
+    first, second = (
+        sorted((row["prompt"], row["response"]) for row in completions(tmp_path / "run", step))
+        for step in (1, 2)
+    )
+    assert {x for x, _ in first} == {x for x, _ in second} and first != second
     assert output.count("warning: ") == 3
     for line in (
         "warning: step 0: 100% of the responses reached --max-completion-length 4 and score 0",

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import inputs
 import one_step
+from lab import task
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ["grpo_baseline", "prerl", "nsr_prerl", "dsrl"]
@@ -136,6 +137,20 @@ def test_a_checkpoint_becomes_a_model(runs, tmp_path):
     assert again.returncode == 2 and "is not empty" in again.stderr
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_rewards_are_true(runs, script):
+    """Each sample's reward, from its prompt and response alone, and how it ended."""
+    for step in (1, 2, 3):
+        for row in completions(runs[0][script], step):
+            value, count = map(int, re.fullmatch(r"Q (\d+)#(\d) A", row["prompt"]).groups())
+            boxed = task.boxed_answer(row["response"])
+            correct = boxed == f"{task.chain(value, count)[-1]:02d}"
+            ended = row["response_ids"][-1] == 2  # <eos>
+            assert row["finish_reason"] == ("stop" if ended else "length")
+            assert ended or row["length"] == 96
+            assert row["reward"] == float(correct and ended)
+
+
 def test_negatives_only(runs):
     """NSR-PreRL counts the samples with A < 0: wrong ones in groups that have a right one."""
     folder = runs[0]["nsr_prerl"]
@@ -201,6 +216,7 @@ def test_the_steps_are_one_steps(runs, script):
 def test_clipping_and_minibatches(tmp_path):
     """Two updates on one batch, negatives at half weight, against equation (2) in float64."""
     flags = "--num-minibatches 2 --num-steps 1 --eval-every 0 --negative-weight 0.5"
+    flags += " --weight-decay 10"
     run("grpo_baseline", tmp_path, *flags.split(), "--clip-low", "0.02", "--clip-high", "0.03")
     samples = completions(tmp_path, 1)
     xs, ys = [s["prompt_ids"] for s in samples], [s["response_ids"] for s in samples]
@@ -209,7 +225,7 @@ def test_clipping_and_minibatches(tmp_path):
     A = torch.where(A > 0, A, 0.5 * A).tolist()
     model = AutoModelForCausalLM.from_pretrained(ROOT / "lab" / "base").double()
     before = [p.detach().clone() for p in model.parameters()]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=10.0)
     with torch.no_grad():
         old = [one_step.log_probs(model, x, y) for x, y in zip(xs, ys)]
     order = torch.randperm(len(A), generator=torch.Generator().manual_seed(1))
