@@ -35,17 +35,17 @@ PAGES["../README.md"] = None
 METRICS = {
     "step": "1, 2, ...; 0 is the evaluation before training and holds eval/* only",
     "phase": "`pretrain` in PreRL, NSR-PreRL and DSRL's warm-up (whichever its space), else `rl`",
-    "reward/mean": "share of the step's responses that are right (truncated ones are not)",
-    "reward/solve_all": "share of groups in which every response is right: A = 0",
-    "reward/solve_none": "share of groups in which none is: A = 0 too",
+    "reward/mean": "fraction of the step's responses that are correct (truncated ones are not)",
+    "reward/solve_all": "fraction of groups in which every response is correct: A = 0",
+    "reward/solve_none": "fraction of groups in which none is: A = 0 too",
     "completion/length": "mean tokens of a response, EOS included",
-    "completion/truncated": "share of responses cut at --max-completion-length",
-    "completion/boxed": "share of responses with a \\boxed{} answer",
+    "completion/truncated": "fraction of responses cut at --max-completion-length",
+    "completion/boxed": "fraction of responses with a \\boxed{} answer",
     "policy/entropy": "of π(·\\|x), nats per token, estimated by −log π of the sampled tokens",
     "policy/loss": "the loss whose gradient was taken, added up over mini-batches; not comparable "
     "between methods",
-    "policy/grad_norm": "before clipping, of the last mini-batch; null when no sample counted",
-    "policy/clip_fraction": "computed tokens whose ratio left the clip range, a share; 0 with "
+    "policy/grad_norm": "before clipping, of the last mini-batch; null when no sample was in the loss",
+    "policy/clip_fraction": "fraction of computed tokens whose ratio left the clip range; 0 with "
     "one mini-batch",
     "policy/counted_samples": "samples in the update's mean",
     "policy/counted_tokens": "their response tokens",
@@ -61,7 +61,7 @@ METRICS = {
     "verify/timeouts": "answers whose check was cut off; they score 0",
     "verify/errors": "answers whose check crashed or ran out of memory; they score 0",
     "time/rollout": "seconds of the step spent in each part",
-    "time/verify": "judging and gathering the samples",
+    "time/verify": "verifying and gathering the samples",
     "time/canary": "scoring samples for sync/logprob_gap (and the alignment)",
     "time/update": "advantage, forward, backward, optimiser",
     "time/sync": "sending the weights to the engine, and checking every bit",
@@ -70,11 +70,11 @@ METRICS = {
     "throughput/update_tokens_per_s": "response tokens computed, by time/update",
     "memory/peak_gib": "largest so far: memory in use on rank 0's GPU at the ends of rollout and "
     "backward pass, or rank 0's resident set on a CPU",
-    "eval/NAME/avg@k": "share of right responses, k to each held-out problem",
-    "eval/NAME/pass@k": "share of problems with a right one among k",
+    "eval/NAME/avg@k": "fraction of correct responses, k per held-out problem",
+    "eval/NAME/pass@k": "fraction of problems with a correct one among k",
     "eval/NAME/length": "mean tokens",
-    "eval/NAME/truncated": "share cut at --max-completion-length",
-    "eval/NAME/boxed": "share with a \\boxed{} answer",
+    "eval/NAME/truncated": "fraction cut at --max-completion-length",
+    "eval/NAME/boxed": "fraction with a \\boxed{} answer",
     "eval/NAME/thoughts/KIND": "per response: reflection, transition",
 }
 
