@@ -7,7 +7,7 @@ Three layers, top to bottom:
 3. `equal` compares two shapes. Their parts, plain expressions, go to `same`, which is math-verify's
    algebra (grading.py).
 
-The conventions that these rules hold to, with their reasons, are in docs/evaluation.md.
+The conventions that these rules hold to are in docs/evaluation.md.
 """
 
 import json

@@ -44,7 +44,7 @@ METRICS = {
     "policy/entropy": "of π(·\\|x), nats per token, estimated by −log π of the sampled tokens",
     "policy/loss": "the loss whose gradient was taken, added up over mini-batches; not comparable "
     "between methods",
-    "policy/grad_norm": "before clipping, of the last mini-batch; null when no sample was in the loss",
+    "policy/grad_norm": "before clipping, of the last mini-batch; null when the loss had no sample",
     "policy/clip_fraction": "fraction of computed tokens whose ratio left the clip range; 0 with "
     "one mini-batch",
     "policy/counted_samples": "samples in the update's mean",
