@@ -3,7 +3,6 @@
 import itertools
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet
 import pytest
-from safetensors.torch import load_file, save_file
 from test_scripts import AUTHORS, metrics, run
 
 import common
@@ -81,14 +79,20 @@ def test_same_numbers_as_in_training(trained, tmp_path):
 
 
 def test_weights_that_do_not_arrive(trained, tmp_path):
-    """A file without one of the matrices: nothing is evaluated with what the engine had instead."""
-    folder = tmp_path / "model"
-    shutil.copytree(trained / "model", folder)
-    weights = load_file(folder / "model.safetensors")
-    del weights["model.layers.1.mlp.up_proj.weight"]
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    output = evaluate(tmp_path / "out", "--model", folder, "--num-samples", 1, code=1)
-    assert "the engine's weights are not the policy's (layers.1)" in output
+    """A matrix that is not sent: nothing is evaluated with what the engine had instead."""
+    weights = "common.read_weights(path, config)"
+    sent = f"(w for w in {weights} if w[0] != 'model.layers.1.mlp.up_proj.weight')"
+    text = (ROOT / "evaluate.py").read_text()
+    assert text.count(weights) == 1
+    (tmp_path / "evaluate.py").write_text(text.replace(weights, sent))
+    words = command(tmp_path / "out", "--model", trained / "model", "--num-samples", 1)
+    words[1] = str(tmp_path / "evaluate.py")
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        words, cwd=ROOT, env=env, text=True, capture_output=True, timeout=900, check=False
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "the engine's weights are not the policy's (layers.1)" in done.stdout + done.stderr
     assert not (tmp_path / "out" / "results.json").exists()
 
 

@@ -301,11 +301,11 @@ def test_rewards_are_of_the_samples_own_problem():
     """By index, in whatever order they come; a truncated response scores 0 with a correct box."""
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "lab" / "base")
     samples = [
-        {"index": i, "ids": tokenizer.encode(rf" \boxed{{{box}}}"), "truncated": cut}
+        {"index": i, "ids": tokenizer.encode(rf"\boxed{{{box}}}"), "truncated": cut}
         for i, box, cut in ((3, "13", False), (0, "10", False), (2, "12", True), (1, "13", False))
     ]
     args = types.SimpleNamespace(grader="math-verify")
     counts = common.verify(samples, ["10", "11", "12", "13"], tokenizer, None, args)
     assert [s["reward"] for s in samples] == [1.0, 1.0, 0.0, 0.0]
     assert counts == {"verify/timeouts": 0, "verify/errors": 0}
-    assert [s["text"] for s in samples[:2]] == [r" \boxed{13}", r" \boxed{10}"]
+    assert [s["text"] for s in samples[:2]] == [r"\boxed{13}", r"\boxed{10}"]
