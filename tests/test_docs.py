@@ -187,8 +187,10 @@ def test_help_shows_the_presets_defaults():
 
 def test_flags_in_the_pages_exist():
     """Every --flag that a page names belongs to a program of this project, or is listed here."""
-    known = set("--nnodes --nproc-per-node --node-rank --master-addr --master-port".split())
-    known |= set("--shutdown-timeout --model_args --tasks --batch_size".split())  # not ours
+    known = set(
+        "--nnodes --nproc-per-node --node-rank --master-addr --master-port".split()
+    )  # not ours
+    known |= set("--shutdown-timeout --model_args --tasks --batch_size --dist --durations".split())
     for program in ours("*.py"):
         text = program.read_text()
         if program.parent.name != "tests":
