@@ -36,8 +36,8 @@ study: .venv/.ready
 one-step: .venv/.ready
 	$(BIN)/python one_step.py --output docs/one_step.html
 	$(BIN)/python one_step.py --preset smollm --problems 1 --output docs/one_step_smollm2.html
-	$(call picture,docs/one_step,1400,1850)
-	$(call picture,docs/one_step_smollm2,1400,1450)
+	$(call picture,docs/one_step,1400,1900)
+	$(call picture,docs/one_step_smollm2,1400,1580)
 	$(BIN)/python docs/generate.py
 
 picture = chromium --headless --no-sandbox --disable-gpu --hide-scrollbars \

@@ -54,7 +54,7 @@ def load_model_files(args):
         config = AutoConfig.from_pretrained(path)
         lm = models.check_config(args.model, config)
         path = local_folder(source, ["model*.safetensors"])  # what takes long, once it will be used
-        models.check_weights(args.model, path, lm)
+        models.check_checkpoint(args.model, path, lm)
         tokenizer = load_tokenizer(path)
     except Exception as error:
         fail(f"--model {args.model} cannot be loaded: {first_line(error)}")

@@ -71,7 +71,7 @@ def read_headers(name: str, path: str) -> dict[str, tuple[list[int], str]]:
     return headers
 
 
-def check_weights(name: str, path: str, lm) -> None:
+def check_checkpoint(name: str, path: str, lm) -> None:
     """Refuse a checkpoint that lacks a weight, or has one of another shape or of fewer bits.
 
     Args:

@@ -6,7 +6,7 @@
 
 Samples a group of responses to each problem, verifies them and takes the first optimiser step of
 each method from the same weights. one_step.html shows every value. The four scripts do this with
-vLLM and FSDP2; tests/test_scripts.py compares their first step with this file in float64.
+vLLM and FSDP2; tests/test_scripts.py compares three steps of each with this file in float64.
 """
 
 import random
@@ -27,21 +27,21 @@ from lab import page
 
 
 def grpo(r, xs, bos):
-    A = (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-6)
+    A = (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-6)  # equation (1)
     in_loss = torch.ones_like(A, dtype=torch.bool)
     contexts = xs  # log π(y_t | x, y_<t)
     return A, in_loss, contexts
 
 
 def prerl(r, xs, bos):
-    A = r - r.mean(1, keepdim=True)
+    A = r - r.mean(1, keepdim=True)  # equation (1)
     in_loss = torch.ones_like(A, dtype=torch.bool)
     contexts = [[bos]] * len(xs)  # log π(y_t | BOS, y_<t): x is dropped
     return A, in_loss, contexts
 
 
 def nsr_prerl(r, xs, bos):
-    A = r - r.mean(1, keepdim=True)
+    A = r - r.mean(1, keepdim=True)  # equation (1)
     in_loss = A < 0
     contexts = [[bos]] * len(xs)
     return A, in_loss, contexts
@@ -83,8 +83,9 @@ def step(model, optimizer, A, in_loss, contexts, ys) -> tuple[float, torch.Tenso
 def sample(model, x: list[int], count: int, max_tokens: int, stop: list[int]) -> list[list[int]]:
     """`count` responses y ~ π(·|x). The token that ends a response is part of it."""
     ids, cache = torch.tensor([x]), DynamicCache(config=model.config)
-    model(ids[:, :-1], past_key_values=cache)  # x once, not once for each response
-    cache.batch_repeat_interleave(count)
+    if len(x) > 1:
+        model(ids[:, :-1], past_key_values=cache)  # x once, not once for each response
+        cache.batch_repeat_interleave(count)
     ids = model.generate(
         ids.repeat(count, 1),
         attention_mask=torch.ones(count, len(x), dtype=torch.long),
@@ -158,10 +159,13 @@ def main(args: Args) -> None:
     if args.responses < 2:
         harness.fail("--responses must be 2 or more: A compares a response with its group")
     torch.manual_seed(args.seed)
-    path = inputs.resolve_model(args.model)
-    tokenizer = inputs.load_tokenizer(path)
-    vocab_size = inputs.num_tokens(tokenizer, AutoConfig.from_pretrained(path))
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    try:
+        path = inputs.resolve_model(args.model)
+        tokenizer = inputs.load_tokenizer(path)
+        vocab_size = inputs.num_tokens(tokenizer, AutoConfig.from_pretrained(path))
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    except Exception as error:
+        harness.fail(f"--model {args.model} cannot be loaded: {harness.first_line(error)}")
     model.resize_token_embeddings(vocab_size)  # ids that only pad the embeddings are never sampled
     bos = inputs.find_bos(tokenizer, args.bos_token)
     stop = inputs.find_stop_tokens(path, tokenizer, vocab_size)

@@ -82,10 +82,17 @@ def test_values(own_problem, which):
                 assert change[i] == pytest.approx(after - before, abs=5e-3)
 
 
+@pytest.mark.parametrize("name", ["one_step", "one_step_smollm2"])
+def test_the_pages_in_docs_are_lab_pages(name):
+    file = ROOT / "docs" / f"{name}.html"
+    assert page.render(page.read_values(file)) == file.read_text(), "run make one-step"
+
+
 def test_a_group_without_contrast_is_refused(tmp_path):
     flags = ["--problem", "Q 67#3 A", "--answer", "77", "--output", str(tmp_path / "a.html")]
     assert "has correct and incorrect ones" in run(*flags, code=2)
     assert "--problem and --answer go together" in run("--problem", "Q 67#3 A", code=2)
+    assert "--model no/such cannot be loaded" in run("--model", "no/such", code=2)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
