@@ -35,8 +35,7 @@ COLOURS = ("#0072B2", "#D55E00")  # Okabe and Ito's
 def read_rewards() -> dict[str, dict[str, list[float]]]:
     """variant -> seed -> reward/mean of steps 1, 2, ..."""
     found = {}
-    (file,) = ROOT.glob("*/results/study.csv")
-    with open(file) as lines:
+    with open(ROOT / "study" / "results" / "study.csv") as lines:
         for row in csv.DictReader(lines):
             if row["reward"]:
                 seeds = found.setdefault(row["variant"], {})
@@ -48,27 +47,38 @@ def smooth(values: list[float], width: int = 5) -> list[float]:
     return [mean(values[max(0, i - width + 1) : i + 1]) for i in range(len(values))]
 
 
-def main() -> None:
-    rewards = read_rewards()
+def table(rewards: dict) -> str:
+    """Mean reward of the last ten steps, a number a seed."""
+    text = "| exercise | script | changed |\n|---|---|---|\n"
+    for title, *pair in EXERCISES:
+        text += f"| {title} |"
+        for variant, label in pair:
+            last = [f"{mean(curve[-10:]):.2f}" for _, curve in sorted(rewards[variant].items())]
+            text += f" {label}: {', '.join(last)} |"
+        text += "\n"
+    return text
+
+
+def draw(rewards: dict, file: Path) -> None:
     figure, axes = plt.subplots(1, 5, figsize=(15, 3), sharey=True, layout="constrained")
-    table = "| exercise | script | changed |\n|---|---|---|\n"
     for ax, (title, *pair) in zip(axes, EXERCISES):
-        ends = []
         for colour, (variant, label), y in zip(COLOURS, pair, (0.16, 0.04)):
             for curve in rewards[variant].values():
                 ax.plot(range(1, len(curve) + 1), smooth(curve), color=colour, lw=1)
             ax.text(0.04, y, label, color=colour, transform=ax.transAxes)
-            last = [f"{mean(curve[-10:]):.2f}" for _, curve in sorted(rewards[variant].items())]
-            ends.append(f"{label}: {', '.join(last)}")
         ax.set_title(title, fontsize=10)
         ax.set_xlabel("step")
         ax.set_ylim(0, 1)
         ax.spines[["top", "right"]].set_visible(False)
-        table += f"| {title} | {ends[0]} | {ends[1]} |\n"
     axes[0].set_ylabel("reward, mean of 5 steps")
-    figure.savefig(ROOT / "docs" / "lecture.png", dpi=110)
+    figure.savefig(file, dpi=110)
+
+
+def main() -> None:
+    rewards = read_rewards()
+    draw(rewards, ROOT / "docs" / "lecture.png")
     page = ROOT / "docs" / "lecture.md"
-    page.write_text(fill(page.read_text(), "exercises", table))
+    page.write_text(fill(page.read_text(), "exercises", table(rewards)))
 
 
 if __name__ == "__main__":

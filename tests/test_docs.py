@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 
 import harness
 from benchmark import hardware
+from lab import exercises
 from study import report
 
 sys.path.insert(0, str(ROOT / "docs"))
@@ -47,6 +48,21 @@ def test_generated_parts_are_up_to_date(name):
 def test_the_studys_tables_are_up_to_date():
     for page, parts in report.tables(*report.read_all()).items():
         assert report.render(page.read_text(), parts) == page.read_text(), "run make study"
+
+
+def test_the_exercises(tmp_path):
+    """Table and picture of lecture.md; each changed line sets a name that its script sets."""
+    page, rewards = (ROOT / "docs" / "lecture.md").read_text(), exercises.read_rewards()
+    assert generate.fill(page, "exercises", exercises.table(rewards)) == page, (
+        "run lab/exercises.py"
+    )
+    exercises.draw(rewards, tmp_path / "lecture.png")
+    assert (tmp_path / "lecture.png").stat().st_size > 3e4
+    solutions = re.findall(r"^\| (\d) \| `(\w+ = .*?)` \| `(\w+\.py) ", page, re.M)
+    assert [number for number, _, _ in solutions] == list("12345")
+    for _, line, script in solutions:
+        name = line.partition(" = ")[0]
+        assert len(re.findall(rf"^        {name} = ", (ROOT / script).read_text(), re.M)) in (1, 2)
 
 
 def test_the_studys_pictures(tmp_path, monkeypatch):
