@@ -232,10 +232,10 @@ def samples_table() -> str:
     return markdown(["", *SAMPLES], lines)
 
 
-def bases_table(keys: list[str] | None = None) -> str:
+def bases_table() -> str:
     """A column a world: its base model, and the gradients of that model's responses."""
     rows = sorted(read_csv("worlds_bases"), key=lambda row: list(WORLDS).index(row["world"]))
-    keys = keys or [key for key in rows[0] if key != "world"]
+    keys = [key for key in rows[0] if key != "world"]
     lines = [[key, *(f"{float(row[key]):.3f}" for row in rows)] for key in keys]
     return markdown(["", *(f"`{row['world']}`" for row in rows)], lines)
 
@@ -265,26 +265,6 @@ def worlds_table(runs: dict) -> str:
                 each([float(row["restated"]) for row in own]),
             ]
             lines.append([f"`{world}`", NAMES[name], *line])
-    return markdown(header, lines)
-
-
-def worlds_summary(runs: dict) -> str:
-    """A row a world: GRPO and NSR-PreRL at step 20, and the ends; each seed's value."""
-    header = ["world", "differs in", "GRPO at 20", "NSR-PreRL at 20"]
-    header += ["GRPO, end", "NSR-PreRL, end", "DSRL, end"]
-    lines = []
-    for world in WORLDS:
-        column = f"{held_out(world)} avg@8"
-        line = [f"`{world}`", DIFFERS[world]]
-        line += [
-            each([at(rows, column, 20) for rows in runs[world][name].values()], 2, ", ")
-            for name in ("grpo", "nsr-prerl")
-        ]
-        line += [
-            each([last(rows, column) for rows in runs[world][name].values()], 2, ", ")
-            for name in ("grpo", "nsr-prerl", "dsrl-10")
-        ]
-        lines.append(line)
     return markdown(header, lines)
 
 
@@ -328,11 +308,11 @@ def smollm_table(runs: dict) -> str:
     return markdown(header, lines)
 
 
-def responses_table(wanted: str = "") -> str:
-    """The kept responses: of the base model once, and of each method's end; of `wanted` alone."""
+def responses_table() -> str:
+    """The kept responses: of the base model once, and of each method's end."""
     first, lines = next(iter(smollm.VARIANTS)), []
     for row in read_csv("smollm_responses"):
-        if (row["step"] == "1" and row["variant"] != first) or wanted not in row["question"]:
+        if row["step"] == "1" and row["variant"] != first:
             continue
         before = row["step"] == "1"
         name = "before training" if before else f"{NAMES[row['variant']]}, step {row['step']}"
@@ -465,17 +445,13 @@ def draw_pictures(runs: dict, worlds: dict, small: dict) -> None:
 
 def tables(runs: dict, finals: dict, worlds: dict, small: dict) -> dict[Path, dict[str, str]]:
     """{page: {mark: table}}."""
-    few = ["step 20", "end", "hard, end", "steps to 0.5", "steps to 0.8", "steps to 0.9"]
+    few = ["step 20", "end", "hard, end", "steps to 0.5", "steps to 0.8"]
     warmups = ["grpo", "dsrl-5", "dsrl-10", "dsrl-20", "dsrl-40", "nsr-rl-then-rl"]
-    gradients = ["mean cosine", "fraction negative", "cosine of PreRL", "cosine of NSR-PreRL"]
     return {
         ROOT / "docs" / "study.md": {
             "methods": accuracy_table(runs, finals, (*SHOWN[:3], "dsrl-10"), few),
-            "gradients": bases_table(gradients),
             "thoughts": thoughts_table(runs),
             "warm-ups": accuracy_table(runs, finals, warmups, ["end", "hard, end", "steps to 0.8"]),
-            "summary of the worlds": worlds_summary(worlds),
-            "a response": responses_table("72 - 48"),
         },
         ROOT / "study" / "tables.md": {
             "commands": commands_table(),
