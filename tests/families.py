@@ -354,11 +354,16 @@ def tables(found: dict) -> str:
     types_of = {name: model_type for name, (model_type, _) in TRAINED.items()}
     text = "| trains | model type | largest gap |\n|---|---|---|\n"
     text += "".join(f"| {name} | `{types_of[name]}` | {gap:.0e} |\n" for name, gap in found.items())
-    text += "\n| refused | model type | because |\n|---|---|---|\n"
+    reasons = {}  # what a model is or has, without its class and the name of its first such weight
     for name, (model_type, _, _) in REFUSED.items():
         why = re.sub(r"^cannot be used: (its )?|<class .*> ", "", refusal(name))
-        why = why.removesuffix(". See docs/families.md")
-        text += f"| {name} | `{model_type}` | {why} |\n"
+        why = re.sub(
+            r"\. See docs.*| \(model\..*\)|: Unrecognized.*|^\w+(For\w+|HeadModel) ", "", why
+        )
+        why = re.sub(r"this vLLM does not know \w+", "is not known to this vLLM", why)
+        reasons.setdefault(why, []).append(f"{name} `{model_type}`")
+    text += "\n| refused, as it | families |\n|---|---|\n"
+    text += "".join(f"| {why} | {'; '.join(names)} |\n" for why, names in reasons.items())
     return text
 
 
