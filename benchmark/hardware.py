@@ -206,8 +206,8 @@ ROWS = [
 def table() -> str:
     """Markdown: a row for each card, model and number of GPUs."""
     lines = [
-        "| card | model (longest sequence) | GPUs | update, GiB | rollout, GiB | whole sequences "
-        "in the KV cache | engine's weights in the update | host, GiB | flags to add |",
+        "| card | model (longest sequence) | GPUs | update, GiB | rollout, GiB | sequences in the "
+        "KV cache | engine's weights | host, GiB | flags to add |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for card, name, counts in ROWS:
@@ -217,7 +217,7 @@ def table() -> str:
             shown = f"{card} GB | {name} ({m.length:,})" if gpus == 1 else " | "
             lines.append(
                 f"| {shown} | {gpus} | {update['peak'] / GIB:.0f} | {rollout['peak'] / GIB:.0f} "
-                f"| {rollout['sequences']:.0f} | {'on the card' if stay else 'in host memory'} "
+                f"| {rollout['sequences']:.0f} | {'stay' if stay else 'moved'} "
                 f"| {rollout['host'] / GIB:.0f} "
                 f"| {'`' + ' '.join(flags) + '`' if flags else 'none'} |"
             )
