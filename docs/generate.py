@@ -79,24 +79,25 @@ METRICS = {
 }
 
 
-# Rows of methods.md: per method the equation and the line of code; None: as in the column before.
+# Rows of methods.md: per method the equation and the line of code; None: as in the column before,
+# and then the page does not repeat the equation.
 # Columns: GRPO, PreRL, NSR-PreRL, DSRL in its step s.
 GIVEN_X, GIVEN_BOS = (rf"\log \pi(y_t \mid {c}, y_{{\lt t}})" for c in ("x", r"\mathrm{BOS}"))
 LOSS = r"$-\frac{1}{Z} \sum_{i \in \mathcal{D}} A_i \sum_t \log \pi(y_{i,t} \mid c, y_{i,\lt t})$"
 STD = r"\frac{r - \mathrm{mean}(r)}{\mathrm{std}(r) + 10^{-6}}"
 METHODS = {
     "response": [
-        (r"$y \sim \pi(\cdot \mid x)$", "samples = common.rollout("),
+        (r"$y \sim \pi(\cdot \mid x)$", "common.rollout("),
         None,
         None,
         None,
     ],
-    "reward": [(r"$r \in \lbrace 0, 1 \rbrace$", "counts = common.verify("), None, None, None],
+    "reward": [(r"$r \in \lbrace 0, 1 \rbrace$", "common.verify("), None, None, None],
     "advantage": [
-        (f"$A = {STD}$", "A = common.advantages(rewards"),
-        (r"$A = r - \mathrm{mean}(r)$", "A = common.advantages(rewards"),
+        (f"$A = {STD}$", "common.advantages(rewards"),
+        (r"$A = r - \mathrm{mean}(r)$", "common.advantages(rewards"),
         None,
-        (r"as NSR-PreRL if $s \le S$, else as GRPO", "A = common.advantages(rewards"),
+        (r"as NSR-PreRL if $s \le S$, else as GRPO", "common.advantages(rewards"),
     ],
     "in the loss": [
         (r"$\mathcal{D}$: all", "in_loss = torch.ones"),
@@ -111,7 +112,7 @@ METHODS = {
         (r"BOS if $s \le S$, else $x$", "contexts = [[bos]] * len(prompts)"),
     ],
     "tokens in the mean": [
-        (r"$Z = \sum_{i \in \mathcal{D}} T_i$", "share = common.token_weights("),
+        (r"$Z = \sum_{i \in \mathcal{D}} T_i$", "common.token_weights("),
         None,
         None,
         None,
@@ -120,7 +121,7 @@ METHODS = {
     "gradient norm": [
         (
             r"$\lVert \nabla \mathrm{loss} \rVert$, scaled down to 1",
-            "grad_norm = common.optimizer_step(",
+            "common.optimizer_step(",
         ),
         None,
         None,
@@ -151,12 +152,12 @@ def methods_table() -> str:
     lines = "| | GRPO | PreRL | NSR-PreRL | DSRL, step s |\n|---|---|---|---|---|\n"
     for row, cells in METHODS.items():
         lines += f"| **{row}** |"
-        equation = code = ""
+        code = ""
         for script, cell, m in zip(SCRIPTS, cells, methods):
             mark = "◆ " if cell and script != SCRIPTS[0] else ""
-            equation, code = cell or (equation, code)
+            equation, code = cell or ("", code)
             link = f"[{script}.py:1](../{script}.py#L1)<!-- {code} -->"
-            lines += f" {mark}{equation} <br> {link} <br> **{value(row, m)}** |"
+            lines += f" {mark}{equation}{' <br> ' if cell else ''}{link} <br> **{value(row, m)}** |"
         lines += "\n"
     lines += "| **change of log π(y\\|x), log π(y\\|BOS)** by the step, response 1 |"
     for m in methods:
