@@ -31,51 +31,48 @@ PAGES |= dict.fromkeys(["methods.md", "lecture.md"])
 PAGES |= dict.fromkeys(["fidelity.md", "flags.md", "forking.md", "study.md", "usage.md"])
 PAGES["../README.md"] = None
 
-# Every key of metrics.jsonl; NAME is an evaluation set's name, k is --eval-num-samples.
+# Every key of metrics.jsonl; NAME is an evaluation set's name, k is --eval-num-samples. A key with
+# "" is in one row of the table with the next.
 METRICS = {
-    "step": "1, 2, ...; 0 is the evaluation before training and holds eval/* only",
-    "phase": "`pretrain` in PreRL, NSR-PreRL and DSRL's warm-up (whichever its space), else `rl`",
-    "reward/mean": "fraction of the step's responses that are correct (truncated ones are not)",
-    "reward/solve_all": "fraction of groups in which every response is correct: A = 0",
-    "reward/solve_none": "fraction of groups in which none is: A = 0 too",
+    "step": "1, 2, ...; 0 is the evaluation before training",
+    "phase": "`pretrain` in PreRL, NSR-PreRL and DSRL's warm-up, else `rl`",
+    "reward/mean": "fraction of the step's responses that are correct",
+    "reward/solve_all": "",
+    "reward/solve_none": "fraction of groups in which every response, or none, is correct: A = 0",
     "completion/length": "mean tokens of a response, EOS included",
     "completion/truncated": "fraction of responses cut at --max-completion-length",
     "completion/boxed": "fraction of responses with a \\boxed{} answer",
     "policy/entropy": "of π(·\\|x), nats per token, estimated by −log π of the sampled tokens",
-    "policy/loss": "the loss whose gradient was taken, added up over mini-batches; not comparable "
-    "between methods",
-    "policy/grad_norm": "before clipping, of the last mini-batch; null when the loss had no sample",
-    "policy/clip_fraction": "fraction of computed tokens whose ratio left the clip range; 0 with "
-    "one mini-batch",
-    "policy/counted_samples": "samples in the update's mean",
-    "policy/counted_tokens": "their response tokens",
-    "policy/logprob": "mean over the computed tokens of the update's log-likelihood, log π(y_t "
-    "\\| x, y_<t) or log π(y_t \\| BOS, y_<t)",
-    "alignment/cosine_to_grpo": "of this update's gradient with GRPO's on the same samples "
-    "(--alignment-every)",
-    "sync/logprob_gap": "mean \\|trainer's − engine's log-prob\\| on some of the step's samples; "
-    "large if the engine has stale weights",
-    "thoughts/KIND": "per response: reflection, transition, subgoal, enumeration, verification, "
-    "backtracking; see evaluation.md",
-    "thoughts/KIND_per_1k_tokens": "the same per 1,000 response tokens",
-    "verify/timeouts": "answers whose check was cut off; they score 0",
-    "verify/errors": "answers whose check crashed or ran out of memory; they score 0",
-    "time/rollout": "seconds of the step spent in each part",
-    "time/verify": "verifying and gathering the samples",
-    "time/canary": "scoring samples for sync/logprob_gap (and the alignment)",
-    "time/update": "advantage, forward, backward, optimiser",
-    "time/sync": "sending the weights to the engine, and checking every bit",
-    "time/step": "the sum of these",
-    "throughput/rollout_tokens_per_s": "response tokens of all ranks by time/rollout",
-    "throughput/update_tokens_per_s": "response tokens computed, by time/update",
-    "memory/peak_gib": "largest so far: memory in use on rank 0's GPU at the ends of rollout and "
-    "backward pass, or rank 0's resident set on a CPU",
+    "policy/loss": "the loss, added up over mini-batches; not comparable between methods",
+    "policy/grad_norm": "before clipping, of the last mini-batch; null if the loss had no sample",
+    "policy/clip_fraction": "fraction of tokens whose ratio left the clip range",
+    "policy/counted_samples": "",
+    "policy/counted_tokens": "samples in the update's mean, and their response tokens",
+    "policy/logprob": "mean log-likelihood of the computed tokens, given x or BOS as in the loss",
+    "alignment/cosine_to_grpo": "of the update's gradient with GRPO's on the same samples",
+    "sync/logprob_gap": "mean absolute difference of the trainer's and the engine's log-probs; "
+    "large if the engine has other weights",
+    "thoughts/KIND": "",
+    "thoughts/KIND_per_1k_tokens": "thoughts per response, and per 1,000 response tokens: see "
+    "evaluation.md",
+    "verify/timeouts": "",
+    "verify/errors": "answers whose check was cut off, or crashed; they score 0",
+    "time/rollout": "",
+    "time/verify": "",
+    "time/canary": "",
+    "time/update": "",
+    "time/sync": "",
+    "time/step": "seconds in each part of the step, and their sum; canary is the scoring for "
+    "sync/logprob_gap and the alignment",
+    "throughput/rollout_tokens_per_s": "",
+    "throughput/update_tokens_per_s": "response tokens per second of rollout, of update",
+    "memory/peak_gib": "largest so far: memory of rank 0's GPU, or its resident set on a CPU",
     "eval/NAME/avg@k": "fraction of correct responses, k per held-out problem",
     "eval/NAME/pass@k": "fraction of problems with a correct one among k",
-    "eval/NAME/length": "mean tokens",
-    "eval/NAME/truncated": "fraction cut at --max-completion-length",
-    "eval/NAME/boxed": "fraction with a \\boxed{} answer",
-    "eval/NAME/thoughts/KIND": "per response: reflection, transition",
+    "eval/NAME/length": "",
+    "eval/NAME/truncated": "",
+    "eval/NAME/boxed": "",
+    "eval/NAME/thoughts/KIND": "as in training; of thoughts, reflection and transition",
 }
 
 
@@ -211,8 +208,12 @@ def flags_table(script: str) -> str:
 
 def metrics_table() -> str:
     """The keys of metrics.jsonl."""
-    lines = "| key | meaning |\n|---|---|\n"
-    return lines + "".join(f"| `{key}` | {meaning} |\n" for key, meaning in METRICS.items())
+    lines, keys = "| key | meaning |\n|---|---|\n", []
+    for key, meaning in METRICS.items():
+        keys.append(f"`{key}`")
+        if meaning:
+            lines, keys = f"{lines}| {', '.join(keys)} | {meaning} |\n", []
+    return lines
 
 
 def number_links(text: str) -> str:
