@@ -446,12 +446,10 @@ def draw_pictures(runs: dict, worlds: dict, small: dict) -> None:
 def tables(runs: dict, finals: dict, worlds: dict, small: dict) -> dict[Path, dict[str, str]]:
     """{page: {mark: table}}."""
     few = ["step 20", "end", "hard, end", "steps to 0.5", "steps to 0.8"]
-    warmups = ["grpo", "dsrl-5", "dsrl-10", "dsrl-20", "dsrl-40", "nsr-rl-then-rl"]
     return {
         ROOT / "docs" / "study.md": {
             "methods": accuracy_table(runs, finals, (*SHOWN[:3], "dsrl-10"), few),
             "thoughts": thoughts_table(runs),
-            "warm-ups": accuracy_table(runs, finals, warmups, ["end", "hard, end", "steps to 0.8"]),
         },
         ROOT / "study" / "tables.md": {
             "commands": commands_table(),
