@@ -351,9 +351,11 @@ def sweep(names) -> dict[str, float | str]:
 
 def tables(found: dict) -> str:
     """The page's tables: what trains, with the gap of this run, and what is refused and why."""
-    types_of = {name: model_type for name, (model_type, _) in TRAINED.items()}
-    text = "| trains | model type | largest gap |\n|---|---|---|\n"
-    text += "".join(f"| {name} | `{types_of[name]}` | {gap:.0e} |\n" for name, gap in found.items())
+    gaps = {}
+    for name, gap in sorted(found.items(), key=lambda item: float(f"{item[1]:.0e}")):
+        gaps.setdefault(f"{gap:.0e}", []).append(f"{name} `{TRAINED[name][0]}`")
+    text = "| largest gap | families that train |\n|---|---|\n"
+    text += "".join(f"| {gap} | {'; '.join(names)} |\n" for gap, names in gaps.items())
     reasons = {}  # what a model is or has, without its class and the name of its first such weight
     for name, (model_type, _, _) in REFUSED.items():
         why = re.sub(r"^cannot be used: (its )?|<class .*> ", "", refusal(name))
