@@ -50,14 +50,13 @@ def make_engine(path: str, vocab_size: int, args, shared: bool = True):
         workarounds.prepare_cpu_engine()
         workarounds.remember_packed_weights(bits)
         start = workarounds.own_shared_memory()
-        length = args.max_prompt_length + args.max_completion_length
         extra = dict(
             enforce_eager=True,
             kv_cache_memory_bytes=1 << 30,
             max_num_seqs=256,
             # A prompt cut in chunks makes vLLM rewind the sample's generator, which CPU ones can't.
             enable_chunked_prefill=False,
-            max_num_batched_tokens=max(8192, length),
+            max_num_batched_tokens=max(8192, args.context),
             ir_op_priority={"fused_add_rms_norm": ["vllm_c", "native"]},
         )
     from vllm import LLM
@@ -71,7 +70,7 @@ def make_engine(path: str, vocab_size: int, args, shared: bool = True):
             dtype="float32" if args.dtype == "float64" else args.dtype,
             tensor_parallel_size=args.tensor_parallel_size,
             distributed_executor_backend="external_launcher",
-            max_model_len=args.max_prompt_length + args.max_completion_length,
+            max_model_len=args.context,
             logprobs_mode="processed_logprobs",  # of the distribution that was sampled from
             seed=args.seed,
             disable_log_stats=True,
@@ -117,8 +116,7 @@ def trainer_bytes(count: int, itemsize: int, config, args, world_size: int) -> f
         per_token = 2 * layers * hidden + 1.5 * kept
     else:
         per_token = layers * kept
-    longest = args.max_prompt_length + args.max_completion_length
-    batch = max(args.max_tokens_per_microbatch, longest) * per_token * itemsize / 2
+    batch = max(args.max_tokens_per_microbatch, args.context) * per_token * itemsize / 2
     return state + batch + 12 * config.vocab_size * hidden + 3 * 2**30
 
 
@@ -452,16 +450,17 @@ def advantages(rewards: torch.Tensor, group_size: int, kind: str) -> torch.Tenso
     return A.flatten()
 
 
-def sign_weights(A: torch.Tensor, positive: float, negative: float) -> torch.Tensor:
-    """Weight [N] of each sample: `positive` where A > 0, `negative` where A < 0.
+def sign_weights(A: torch.Tensor, weights: tuple[float, float]) -> torch.Tensor:
+    """Weight [N] of each sample: the first of `weights` where A > 0, the second where A < 0.
 
     A sample with A = 0 belongs to neither sign; it counts (in the mean) when both signs do.
 
-    >>> sign_weights(torch.tensor([2.0, -1.0, 0.0]), 0.1, 1.0)
+    >>> sign_weights(torch.tensor([2.0, -1.0, 0.0]), (0.1, 1.0))
     tensor([0.1000, 1.0000, 1.0000])
-    >>> sign_weights(torch.tensor([2.0, -1.0, 0.0]), 0.0, 1.0)
+    >>> sign_weights(torch.tensor([2.0, -1.0, 0.0]), (0.0, 1.0))
     tensor([0., 1., 0.])
     """
+    positive, negative = weights
     neither = torch.full_like(A, float(positive != 0 and negative != 0))
     return torch.where(A > 0, positive, torch.where(A < 0, negative, neither))
 
@@ -492,18 +491,18 @@ def token_weights(chosen: torch.Tensor, lengths: torch.Tensor, kind: str, max_le
 DUAL_CLIP = 10.0  # bound of the ratio where A < 0 (paper: 10)
 
 
-def clipped_objective(logp, old_logp, A, clip_low: float, clip_high: float):
+def clipped_objective(logp, old_logp, A, clip: tuple[float, float]):
     """PPO's clipped objective per token [n], with clip-higher and dual clip (to be maximised).
 
     On-policy old_logp = logp: the value is A and the gradient A ∇logp. Dual clip (arXiv 1912.09729)
     bounds the objective of A < 0 from below by DUAL_CLIP * A.
 
     >>> logp = torch.tensor([0.5, 0.5, 3.0])
-    >>> clipped_objective(logp, torch.zeros(3), torch.tensor([1.0, -1.0, -1.0]), 0.2, 0.28)
+    >>> clipped_objective(logp, torch.zeros(3), torch.tensor([1.0, -1.0, -1.0]), (0.2, 0.28))
     tensor([  1.2800,  -1.6487, -10.0000])
     """
     ratio = torch.exp(logp - old_logp)
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    clipped = ratio.clamp(1 - clip[0], 1 + clip[1])
     objective = torch.minimum(ratio * A, clipped * A)
     return torch.where(A < 0, torch.maximum(objective, DUAL_CLIP * A), objective)
 
@@ -512,7 +511,7 @@ def clipped_objective(logp, old_logp, A, clip_low: float, clip_high: float):
 def batch_stats(batch, loss, logp, old_logp, args) -> torch.Tensor:
     """Of a micro-batch: loss, Σ logp, tokens whose ratio left the clip range, tokens; [4]."""
     ratio = (logp - old_logp).exp()
-    outside = (ratio < 1 - args.clip_low) | (ratio > 1 + args.clip_high)
+    outside = (ratio < 1 - args.clip[0]) | (ratio > 1 + args.clip[1])
     stats = torch.stack([loss, logp.sum(), outside.sum(), torch.ones_like(logp).sum()]).cpu()
     return torch.zeros_like(stats) if batch.is_filler else stats
 
@@ -665,7 +664,7 @@ def load_policy(path: str, config, vocab_size: int, args, device) -> Policy:
     attention = "sdpa"
     if device.type == "cpu" and dtype == torch.bfloat16:
         # Plain matrix products are faster here, but need memory by the length squared.
-        if args.max_prompt_length + args.max_completion_length <= 1024:
+        if args.context <= 1024:
             from transformers import AttentionInterface, AttentionMaskInterface
             from transformers.masking_utils import eager_mask
 

@@ -43,8 +43,6 @@ class Args:
 
     system_prompt: str = "Please reason step by step, and put your final answer within \\boxed{}."
     """put before every problem; empty for none"""
-    max_prompt_length: int = 1024
-    """tokens; longer prompts are left out"""
     max_completion_length: int = 8192
     """tokens; cut to the model's context"""
     temperature: float = 1.0
@@ -71,10 +69,10 @@ def main(args: Args) -> None:
     problems = {name: inputs.load_problems(name, "test") for name in args.datasets}
     vocab_size = inputs.num_tokens(tokenizer, config)
     stop = inputs.find_stop_tokens(path, tokenizer, vocab_size)
-    inputs.fit_context(args, config)
     problems = {n: inputs.encode_prompts(p, tokenizer, args) for n, p in problems.items()}
     verifier = grading.start_verifier()
     problems = {n: inputs.check_references(n, p, verifier, args) for n, p in problems.items()}
+    inputs.fit_context(list(problems.values()), config, args)
     folder = harness.make_output_dir(args)
     say = harness.quiet(folder)
     say(f"{args.model} on {world_size} ranks, output in {folder}")

@@ -65,8 +65,6 @@ class Args:
     """put before every problem; empty for none"""
     bos_token: str = ""
     """the pre-train space's context; default the tokenizer's BOS, else <|im_start|>"""
-    max_prompt_length: int = 1024
-    """tokens; longer prompts are left out"""
     max_completion_length: int = 8192
     """tokens; cut to the model's context"""
     temperature: float = 1.0
@@ -98,13 +96,13 @@ def main(args: Args) -> None:
     bos = inputs.find_bos(tokenizer, args.bos_token)
     vocab_size = inputs.num_tokens(tokenizer, config)
     stop = inputs.find_stop_tokens(path, tokenizer, vocab_size)
-    inputs.fit_context(args, config)
     problems = inputs.encode_prompts(problems, tokenizer, args)
     wanted = max(1, args.num_rollouts // args.num_generations)
     if wanted < len(problems):
         problems = random.Random(args.seed).sample(problems, wanted)
     verifier = grading.start_verifier()
     problems = inputs.check_references(args.dataset, problems, verifier, args)
+    inputs.fit_context([problems], config, args)
     folder = harness.make_output_dir(args)
     say = harness.quiet(folder)
     say(f"{args.model}: {len(problems)} problems x {args.num_generations}, output in {folder}")

@@ -49,7 +49,6 @@ PRESETS = {
         num_steps=60,
         num_prompts=16,
         num_generations=8,
-        max_prompt_length=16,
         max_completion_length=192,
         learning_rate=3e-4,
         weight_decay=0.0,
@@ -70,7 +69,6 @@ PRESETS = {
         num_steps=20,
         num_prompts=8,
         num_generations=8,
-        max_prompt_length=384,
         max_completion_length=64,
         learning_rate=3e-6,
         weight_decay=0.0,
@@ -117,7 +115,8 @@ def read_flags(source: str) -> list[tuple[str, str, str, str]]:
         if isinstance(field, ast.AnnAssign):
             above = lines[field.lineno - 2].strip()
             section = above.removeprefix("# ") if above.startswith("# ") else section
-            kind = ast.unparse(field.annotation).replace("tuple[str, ...]", "str str ...")
+            kind = ast.unparse(field.annotation).replace("...", "str ...")
+            kind = kind.replace(", ", " ").removeprefix("tuple[").removesuffix("]")
             if kind.startswith("Literal"):
                 kind = "|".join(choice.value for choice in field.annotation.slice.elts)
             meaning = " ".join(doc.value.value.split())
@@ -138,7 +137,7 @@ def help_text(Args, default) -> str:
         before, value = section, getattr(default, name)
         if isinstance(value, bool):
             kind, value = "(or --no-...)", "on" if value else "off"
-        value = " ".join(value) if isinstance(value, tuple) else value
+        value = " ".join(map(str, value)) if isinstance(value, tuple) else value
         flag = f"  --{name.replace('_', '-')} {kind}"
         lines = textwrap.wrap(f"{meaning} [{value if value != '' else 'none'}]", 66)
         if len(flag) > 31:
@@ -165,16 +164,17 @@ def parse_args(Args):
 def check_args(args) -> None:
     """Refuse values no run can have, before anything is loaded."""
     world_size = dist.get_world_size()
-    positive = "num_prompts num_generations num_samples num_minibatches max_prompt_length"
-    positive += " max_completion_length eval_num_samples tensor_parallel_size"
+    positive = "num_prompts num_generations num_samples num_minibatches max_completion_length"
+    positive += " eval_num_samples tensor_parallel_size"
     for name in (positive + " temperature learning_rate").split():
         if not 0 < getattr(args, name, 1) < math.inf:
             fail(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
-    floors = "weight_decay warmup_steps clip_low clip_high tis_cap"
-    floors += " positive_weight negative_weight eval_every save_every num_steps alignment_every"
-    for name in floors.split():
-        if not 0 <= getattr(args, name, 0) < math.inf:
-            fail(f"--{name.replace('_', '-')} must be 0 or more, not {getattr(args, name)}")
+    floors = "weight_decay warmup_steps clip tis_cap sign_weights eval_every save_every num_steps"
+    for name in (floors + " alignment_every").split():
+        value = getattr(args, name, 0)
+        for number in value if isinstance(value, tuple) else [value]:
+            if not 0 <= number < math.inf:
+                fail(f"--{name.replace('_', '-')} must be 0 or more, not {number}")
     if not 0 < getattr(args, "top_p", 1) <= 1:
         fail(f"--top-p must be in (0, 1], not {args.top_p}")
     if getattr(args, "num_generations", 2) == 1:

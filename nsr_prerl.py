@@ -52,8 +52,6 @@ class Args:
     """responses per problem, the group size G (paper: 8)"""
     system_prompt: str = "Please reason step by step, and put your final answer within \\boxed{}."
     """put before every problem; empty for none (the default is the paper's)"""
-    max_prompt_length: int = 1024
-    """tokens; longer prompts are left out (paper: 1024)"""
     max_completion_length: int = 8192
     """tokens; cut to the model's context (paper: 8192)"""
     temperature: float = 1.0
@@ -69,10 +67,9 @@ class Args:
     if not (paper: grpo given x, mean given BOS)"""
     bos_token: str = ""
     """the pre-train space's context; default the tokenizer's BOS, else <|im_start|>"""
-    positive_weight: float = 1.0
-    """factor of samples with A > 0, where they are in the loss; 0 leaves them out (paper: 1)"""
-    negative_weight: float = 1.0
-    """factor of samples with A < 0, where they are in the loss; 0 leaves them out (paper: 1)"""
+    sign_weights: tuple[float, float] = (1.0, 1.0)
+    """factors of samples with A > 0 and with A < 0, where they are in the loss; 0 leaves them out
+    (paper: 1 1)"""
     loss_aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"] = (
         "token-mean"
     )
@@ -80,10 +77,9 @@ class Args:
     num_minibatches: int = 1
     """optimiser updates per step; clipping and old log-probs only act when more than 1
     (paper: 1)"""
-    clip_low: float = 0.2
-    """ratio is clipped below 1 - this (paper: 0.2)"""
-    clip_high: float = 0.2
-    """ratio is clipped above 1 + this (paper: GRPO 0.28, else 0.2)"""
+    clip: tuple[float, float] = (0.2, 0.2)
+    """ratio is clipped below 1 - the first and above 1 + the second (paper: GRPO 0.2 0.28, else
+    0.2 0.2)"""
     tis_cap: float = 0.0
     """cap of the truncated importance weight trainer / sampler, phase rl only; 0 = off"""
 
@@ -135,12 +131,12 @@ def main(args: Args) -> None:
     bos = inputs.find_bos(tokenizer, args.bos_token)
     vocab_size = inputs.num_tokens(tokenizer, config)
     stop = inputs.find_stop_tokens(path, tokenizer, vocab_size)
-    inputs.fit_context(args, config)
     train = inputs.encode_prompts(train, tokenizer, args)
     evals = {name: inputs.encode_prompts(e, tokenizer, args) for name, e in evals.items()}
     verifier = grading.start_verifier()
     train = inputs.check_references(args.dataset, train, verifier, args, args.num_prompts)
     evals = {name: inputs.check_references(name, e, verifier, args) for name, e in evals.items()}
+    inputs.fit_context([train, *evals.values()], config, args)
     folder = harness.make_output_dir(args)
     harness.check_disk(folder, path, args)
     checkpoint = harness.find_checkpoint(folder, args)
@@ -198,7 +194,7 @@ def main(args: Args) -> None:
         contexts = [[bos]] * len(prompts)  # log π(y_t | BOS, y_<t): x is dropped
         phase = "pretrain"
 
-        weight = common.sign_weights(A, args.positive_weight, args.negative_weight)  # [N]
+        weight = common.sign_weights(A, args.sign_weights)  # [N]
         in_loss &= weight != 0
         A = weight * A
         if args.alignment_every and step % args.alignment_every == 0:
@@ -222,9 +218,8 @@ def main(args: Args) -> None:
             for batch in common.microbatches(chosen & computed, *work):
                 logp = policy(batch.tokens, batch.is_response, prefix)  # [n] log π(y_t | ·, y_<t)
                 old_logp = batch.take(old_logps) if old_logps else logp.detach()  # [n]
-                objective = common.clipped_objective(  # [n] on-policy: ratio 1, gradient A ∇log π
-                    logp, old_logp, batch.per_token(A), args.clip_low, args.clip_high
-                )
+                # [n]. On-policy the ratio is 1, so the gradient is A ∇log π
+                objective = common.clipped_objective(logp, old_logp, batch.per_token(A), args.clip)
                 if args.tis_cap and phase == "rl":  # E_sampler -> E_trainer, truncated
                     sampler = common.sampler_logprobs(samples, batch.index, device)
                     objective = objective * (old_logp - sampler).exp().clamp(max=args.tis_cap)

@@ -104,6 +104,8 @@ def short(value, others: list) -> str:
     >>> short("a/model", ["a/model", "b/base"]), short("a/model", ["a/model", "b/model"])
     ('model', 'a/model')
     """
+    if isinstance(value, list):
+        return " ".join(map(str, value))
     if not isinstance(value, str):
         return f"{value}"
     parts = value.rstrip("/").split("/")

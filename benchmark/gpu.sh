@@ -88,7 +88,7 @@ part_qwen() {
   make_model || return
   local failed=0 flags="--preset paper --dataset $WORK/model/problems.jsonl --eval-datasets lab"
   flags+=" --num-steps 2 --num-prompts $PROMPTS --num-generations $GROUP --save-every 0"
-  flags+=" --max-prompt-length $((2 * DIGITS)) --max-tokens-per-microbatch $BATCH"
+  flags+=" --max-tokens-per-microbatch $BATCH"
   timeout --foreground -k 15 $((CPU ? 999999 : 210)) "$PYTHON" benchmark/fixed_work.py \
     grpo_baseline.py --report "$WORK/qwen.json" --new-tokens $NEW --model "$WORK/model" \
     $flags --system-prompt "" --output-dir "$WORK/qwen" &&

@@ -243,7 +243,7 @@ def vllm(
 
     import inputs
 
-    limits = SimpleNamespace(system_prompt="", max_prompt_length=512)
+    limits = SimpleNamespace(system_prompt="")
     tokenizer = AutoTokenizer.from_pretrained(model)
     problems = inputs.load_problems(str(model / "problems.jsonl"), "train")
     problems = inputs.encode_prompts(problems, tokenizer, limits)
@@ -333,7 +333,7 @@ def profile(
     _, _, device = harness.init_distributed()
     flags = SimpleNamespace(
         dtype="bfloat16", gradient_checkpointing=True, cpu_offload=False, temperature=1.0,
-        max_prompt_length=prompt_length, max_completion_length=new_tokens,
+        context=prompt_length + new_tokens,
     )  # fmt: skip
     config, tokenizer = AutoConfig.from_pretrained(model), AutoTokenizer.from_pretrained(model)
     policy = common.load_policy(str(model), config, len(tokenizer), flags, device)

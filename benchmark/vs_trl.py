@@ -83,7 +83,7 @@ def write_prompts(path: Path, model: str, args: Args) -> None:
     """The chats of our scripts' steps (--preset smollm, --seed 1), in their order."""
     from transformers import AutoTokenizer
 
-    limits = SimpleNamespace(system_prompt="", max_prompt_length=384)
+    limits = SimpleNamespace(system_prompt="")
     tokenizer = AutoTokenizer.from_pretrained(model)
     train = inputs.encode_prompts(arithmetic.problems("train"), tokenizer, limits)
     steps = range(1, args.num_steps + 1)

@@ -34,7 +34,7 @@ PAGES["../README.md"] = None
 # Every key of metrics.jsonl; NAME is an evaluation set's name, k is --eval-num-samples.
 METRICS = {
     "step": "1, 2, ...; 0 is the evaluation before training and holds eval/* only",
-    "phase": "`pretrain` in PreRL, NSR-PreRL and DSRL's warm-up (whichever its space), else `rl`",
+    "phase": "`pretrain` in PreRL, NSR-PreRL and DSRL's warm-up, else `rl`",
     "reward/mean": "fraction of the step's responses that are correct (truncated ones are not)",
     "reward/solve_all": "fraction of groups in which every response is correct: A = 0",
     "reward/solve_none": "fraction of groups in which none is: A = 0 too",
@@ -197,7 +197,7 @@ def flags_table(script: str) -> str:
     for section, name, kind, meaning in harness.read_flags(source):
         lines += f"| **{section}** | | |\n" if section != before else ""
         before, default = section, ast.literal_eval(defaults[name])
-        default = " ".join(default) if isinstance(default, tuple) else default
+        default = " ".join(map(str, default)) if isinstance(default, tuple) else default
         shown = f"`{default}`" if default != "" else "none"
         if isinstance(default, bool):
             shown = "on" if default else "off"

@@ -72,8 +72,7 @@ def test_weights_stay_only_where_they_fit(name):
                     args = SimpleNamespace(
                         cpu_offload=offload,
                         gradient_checkpointing=True,
-                        max_prompt_length=0,
-                        max_completion_length=m.length,
+                        context=m.length,
                         max_tokens_per_microbatch=tokens,
                     )
                     needed = common.trainer_bytes(m.parameters, 2, config, args, gpus)

@@ -58,7 +58,7 @@ def test_the_exercises(tmp_path):
     )
     exercises.draw(rewards, tmp_path / "lecture.png")
     assert (tmp_path / "lecture.png").stat().st_size > 3e4
-    solutions = re.findall(r"^\| (\d) \| `(\w+ = .*?)` \| `(\w+\.py) ", page, re.M)
+    solutions = re.findall(r"^\| (\d) \| `(\w+ = .*?)` \| `(\w+\.py)", page, re.M)
     assert [number for number, _, _ in solutions] == list("12345")
     for _, line, script in solutions:
         name = line.partition(" = ")[0]
@@ -106,7 +106,7 @@ def run_fork(name: str, folder: Path, *flags: str) -> list[dict]:
 
 FORKS = {
     "late": "--skip-tokens 8",
-    "gspo": "--num-minibatches 2 --loss-aggregation seq-mean-token-mean --clip-low 0.01",
+    "gspo": "--num-minibatches 2 --loss-aggregation seq-mean-token-mean --clip 0.01 0.28",
     "kl": "--kl-coef 0.5 --num-steps 2",
     "dynamic": "--oversample 4",
     "formatted": "--num-generations 4",

@@ -142,9 +142,7 @@ def test_prefix_computed_once_changes_nothing(tiny_model_dir, left):
 def test_bfloat16_on_a_cpu(tiny_model_dir, longest, attention):
     """Either attention is float32's up to rounding, with a prefix and without one."""
     exact, _ = load(tiny_model_dir)
-    rounded, _ = load(
-        tiny_model_dir, dtype="bfloat16", max_prompt_length=24, max_completion_length=longest - 24
-    )
+    rounded, _ = load(tiny_model_dir, dtype="bfloat16", context=longest)
     assert rounded.lm.config._attn_implementation == attention
     prompts, responses = ragged()
     shots = list(range(3, 19))
