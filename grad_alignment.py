@@ -38,33 +38,23 @@ import inputs
 
 @dataclass
 class Args:
-    preset: Literal["paper", "lab", "smollm"] = "paper"
-    """set of defaults, as in training"""
+    # Model and data
     model: str = "Qwen/Qwen3-4B"
     """hub id, local folder, or bare name of a known family"""
+    dtype: Literal["bfloat16", "float32", "float64"] = "float32"
+    """of the gradients (the engine samples in float32 at most)"""
     dataset: str = "amc23"
     """problems, named as in training (paper: AMC 2023)"""
+    seed: int = 1
+    """of sampling"""
+
+    # Rollout
     num_rollouts: int = 400
     """responses in all (paper: 400)"""
     num_generations: int = 10
     """responses per problem (group size G)"""
-    num_finite_steps: int = 20
-    """rollouts for which the step θ + η g₁ is really made"""
-    finite_step: float = 1e-3
-    """what that step adds to mean_t log π(y_t | BOS, y_<t), nats"""
-    num_tokens: int = 200
-    """tokens whose own two gradients are compared"""
-    num_pages: int = 10
-    """responses in tokens.html"""
-    output_dir: str = ""
-    """folder; default runs/grad_alignment__MODEL__DATASET__sSEED__TIME"""
-    seed: int = 1
-    """of sampling"""
-
     system_prompt: str = "Please reason step by step, and put your final answer within \\boxed{}."
     """put before every problem; empty for none"""
-    bos_token: str = ""
-    """the pre-train space's context; default the tokenizer's BOS, else <|im_start|>"""
     max_completion_length: int = 8192
     """tokens; cut to the model's context"""
     temperature: float = 1.0
@@ -72,14 +62,31 @@ class Args:
     grader: Literal["math-verify", "boxed-string"] = "math-verify"
     """rules for spelling and then math-verify's algebra, or the authors' comparison of strings"""
 
+    # Measurement
+    bos_token: str = ""
+    """the pre-train space's context; default the tokenizer's BOS, else <|im_start|>"""
+    num_finite_steps: int = 20
+    """rollouts for which the step θ + η g₁ is really made"""
+    finite_step: float = 1e-3
+    """what that step adds to mean_t log π(y_t | BOS, y_<t), nats"""
+    num_tokens: int = 200
+    """tokens whose own two gradients are compared"""
+
+    # Run
+    preset: Literal["paper", "lab", "smollm"] = "paper"
+    """set of defaults, as in training"""
+    output_dir: str = ""
+    """folder; default runs/grad_alignment__MODEL__DATASET__sSEED__TIME"""
+    num_pages: int = 10
+    """responses in tokens.html"""
+
+    # Machine
     num_processes: int = 0
     """0 = one per GPU, or one on a CPU"""
     tensor_parallel_size: int = 1
     """ranks per vLLM engine"""
     gpu_memory_utilization: float = 0.4
     """share of a GPU's memory for vLLM"""
-    dtype: Literal["bfloat16", "float32", "float64"] = "float32"
-    """of the gradients (the engine samples in float32 at most)"""
     max_tokens_per_microbatch: int = 16384
     """padded tokens in one forward pass"""
     gradient_checkpointing: bool = True

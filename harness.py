@@ -3,7 +3,6 @@
 Small, independent functions, used by all programs; a reader of the algorithms can skip them.
 """
 
-import ast
 import atexit
 import ctypes
 import dataclasses
@@ -30,6 +29,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+import flags
 import workarounds
 
 HERE = Path(__file__).resolve().parent
@@ -104,26 +104,6 @@ def announce(message: str) -> None:
         print(message, flush=True)
 
 
-def read_flags(source: str) -> list[tuple[str, str, str, str]]:
-    """Section, field, type and meaning of each field of the class Args in a program's source.
-
-    A section is named by the comment above its first field, a meaning is the string below a field.
-    """
-    body = next(n for n in ast.parse(source).body if getattr(n, "name", "") == "Args").body
-    lines, section, flags = source.splitlines(), "Run", []
-    for field, doc in zip(body, body[1:]):
-        if isinstance(field, ast.AnnAssign):
-            above = lines[field.lineno - 2].strip()
-            section = above.removeprefix("# ") if above.startswith("# ") else section
-            kind = ast.unparse(field.annotation).replace("...", "str ...")
-            kind = kind.replace(", ", " ").removeprefix("tuple[").removesuffix("]")
-            if kind.startswith("Literal"):
-                kind = "|".join(choice.value for choice in field.annotation.slice.elts)
-            meaning = " ".join(doc.value.value.split())
-            flags.append((section, field.target.id, kind, meaning))
-    return flags
-
-
 def help_text(Args, default) -> str:
     """What --help prints, by sections: tyro puts all flags of a flat dataclass in one group."""
     module = sys.modules[Args.__module__]
@@ -132,7 +112,7 @@ def help_text(Args, default) -> str:
     text += "The default of each flag is in [ ]; --preset changes defaults, and so this list.\n"
     text += "paper: the authors' published scripts for Qwen3-4B, or else the paper's text.\n"
     before = ""
-    for section, name, kind, meaning in read_flags(inspect.getsource(module)):
+    for section, name, kind, meaning in flags.read_flags(inspect.getsource(module)):
         text += f"\n{section}\n" if section != before else ""
         before, value = section, getattr(default, name)
         if isinstance(value, bool):
@@ -387,7 +367,7 @@ def make_output_dir(args) -> Path:
     if used and not getattr(args, "resume", False):
         fail(f"{folder} holds another run: give another --output-dir, or --resume to go on with it")
     if used:
-        refuse_changes(folder, {"script": script, **vars(args)})
+        refuse_changes(folder, script, args)
     wait_for_all()
     refused = ""
     try:
@@ -423,22 +403,14 @@ def lock_folder(folder: Path) -> None:
         pass  # a file system without locks
 
 
-# What --resume may change: how the run is computed and for how long, not what it computes.
-MAY_CHANGE = set(
-    "preset num_steps output_dir resume num_processes tensor_parallel_size gpu_memory_utilization "
-    "max_tokens_per_microbatch gradient_checkpointing cpu_offload save_every eval_every track "
-    "alignment_every".split()
-)
-
-
-def refuse_changes(folder: Path, now: dict) -> None:
+def refuse_changes(folder: Path, script: str, args) -> None:
     """Refuse to go on with the run in `folder` under flags that would make it another run."""
     before = json.loads((folder / "args.json").read_text())
-    now = json.loads(json.dumps(now))  # tuples become lists, as in the file
+    now = json.loads(json.dumps(dataclasses.asdict(args)))  # tuples become lists, as in the file
     changed = [
         f"--{key.replace('_', '-')} was {before[key]!r}, is now {value!r}"
-        for key, value in now.items()
-        if key in before and key not in MAY_CHANGE and before[key] != value
+        for key, value in {"script": script, **now}.items()
+        if key in before and key not in flags.changeable(script) and before[key] != value
     ]
     if changed:
         fail(f"--resume cannot go on with {folder}: {'; '.join(changed)}")

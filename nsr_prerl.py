@@ -27,23 +27,21 @@ import inputs
 
 @dataclass
 class Args:
-    # Run
-    preset: Literal["paper", "lab", "smollm"] = "paper"
-    """set of defaults: the paper's Qwen3-4B setting, or one for a laptop; explicit flags beat it"""
+    # Model and data
     model: str = "Qwen/Qwen3-4B"
     """hub id, local folder, or bare name of a known family (Qwen2.5-Math-7B)
     (paper: Qwen3-4B and 8B)"""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """of compute and of the engine; master weights are always float32"""
     dataset: str = "math"
     """math, lab, arithmetic, a hub id, or a local .parquet or .jsonl file (paper: math)"""
     eval_datasets: tuple[str, ...] = ("aime24", "aime25", "amc23")
     """held-out problems, named as --dataset or aime24, aime25, amc23, math500, minerva,
     olympiadbench (paper: all six)"""
-    output_dir: str = ""
-    """folder of the run; default runs/SCRIPT__MODEL__DATASET__sSEED__TIME"""
+    eval_num_samples: int = 8
+    """k of avg@k and pass@k, samples per problem (paper: 32)"""
     seed: int = 1
     """of data order and sampling"""
-    num_steps: int = 348
-    """rollout and update steps (paper: 348, 6 epochs of MATH)"""
 
     # Rollout
     num_prompts: int = 128
@@ -89,30 +87,32 @@ class Args:
     weight_decay: float = 0.01
     """AdamW's, decoupled (paper: 0.01)"""
 
-    # Evaluation and output
-    eval_every: int = 20
-    """steps; also before the first and after the last; 0 = never (paper: 5, later 25)"""
-    eval_num_samples: int = 8
-    """k of avg@k and pass@k, samples per problem (paper: 32)"""
-    alignment_every: int = 0
-    """steps between measurements of the update's cosine with GRPO's; 0 = never"""
+    # Run (--resume may change these)
+    preset: Literal["paper", "lab", "smollm"] = "paper"
+    """set of defaults: the paper's Qwen3-4B setting, or one for a laptop; explicit flags beat it"""
+    num_steps: int = 348
+    """rollout and update steps (paper: 348, 6 epochs of MATH)"""
+    output_dir: str = ""
+    """folder of the run; default runs/SCRIPT__MODEL__DATASET__sSEED__TIME"""
+    resume: str = ""
+    """path of a checkpoint, or auto: the latest in --output-dir"""
     save_every: int = 50
     """steps between checkpoints for --resume, and between saved completions; 0 = never
     (paper: 50)"""
-    resume: str = ""
-    """path of a checkpoint, or auto: the latest in --output-dir"""
+    eval_every: int = 20
+    """steps; also before the first and after the last; 0 = never (paper: 5, later 25)"""
+    alignment_every: int = 0
+    """steps between measurements of the update's cosine with GRPO's; 0 = never"""
     track: Literal["none", "wandb", "trackio"] = "none"
     """service to log to, beside metrics.jsonl and TensorBoard"""
 
-    # Machine
+    # Machine (--resume may change these)
     num_processes: int = 0
     """0 = one per GPU, or one on a CPU"""
     tensor_parallel_size: int = 1
     """ranks per vLLM engine (paper: 2)"""
     gpu_memory_utilization: float = 0.6
     """share of a GPU's memory for vLLM during rollouts (paper: 0.6)"""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """of compute and of the engine; master weights are always float32"""
     max_tokens_per_microbatch: int = 16384
     """tokens in one forward pass, padding included (paper: 10240 without padding)"""
     gradient_checkpointing: bool = True

@@ -189,8 +189,10 @@ def test_help(name):
     for field in vars(Args()):
         assert f"  --{field.replace('_', '-')} " in text
     if name in SCRIPTS:
-        for section in ("Run", "Rollout", "Method", "Optimiser", "Machine"):
+        for section in ("Model and data", "Rollout", "Method", "Optimiser"):
             assert f"\n\n{section}\n" in text
+        for section in ("Run", "Machine"):
+            assert f"\n\n{section} (--resume may change these)\n" in text
 
 
 def test_help_shows_the_presets_defaults():
