@@ -1,8 +1,9 @@
 """The flags of a program, read from the source of its class Args.
 
-All about a flag stands in one place. The string below it is its meaning in --help and docs/flags.md.
-The comment above its section says whether --resume may change it. Such a flag decides how a run is
-computed, not what it computes, so plot.py takes runs that differ in it for the same method.
+All about a flag stands in one place. The string below it is its meaning in --help and in
+docs/flags.md. The comment above its section says whether --resume may change it. Such a flag
+decides how a run is computed, not what it computes, so plot.py takes runs that differ in it for one
+method.
 """
 
 import ast

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 import common
+import grad_alignment
 import grading
 import harness
 import inputs
@@ -183,7 +184,7 @@ def main(args: Args) -> None:
 
         # The canary: does the engine sample from the trainer's policy?
         measured = common.canary(policy, prompts, samples, args, device)
-        common.check_gap(measured["sync/logprob_gap"], args)
+        common.check_canary(measured["sync/logprob_gap"], args)
         clock.lap("time/canary")
 
         # 3. Advantage A [N]: equation (1)
@@ -198,7 +199,7 @@ def main(args: Args) -> None:
         in_loss &= weight != 0
         A = weight * A
         if args.alignment_every and step % args.alignment_every == 0:
-            measured |= common.alignment(
+            measured |= grad_alignment.alignment(
                 policy, contexts, prompts, responses, A * in_loss, rewards, args, device
             )
 

@@ -3,7 +3,6 @@
 Small, independent functions, used by all programs; a reader of the algorithms can skip them.
 """
 
-import atexit
 import ctypes
 import dataclasses
 import datetime
@@ -188,15 +187,6 @@ def check_args(args) -> None:
             fail(f"--track {args.track}: pip install {args.track}")
 
 
-# For glibc's malloc, on a CPU: keep what is freed. To get memory from the system anew, zeroed and
-# page by page, takes longer than many of the operations on it.
-KEEP_MEMORY = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(10**11),
-    "MALLOC_TOP_PAD_": str(2**26),
-}
-
-
 FEWEST_FILES = 256  # that a process may have open; a rank of two needs some 100 on a CPU
 
 
@@ -230,11 +220,7 @@ def launch(main, args) -> None:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(1)
-        # Python would now take its libraries apart: two seconds, in which gloo's threads may abort.
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        workarounds.leave(code)
     if not torch.cuda.is_available() and args.preset == "paper" and not Path(args.model).is_dir():
         fail(
             f"no GPU was found, and {args.model} with the paper's setting needs a GPU node. On a "
@@ -248,11 +234,8 @@ def launch(main, args) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, min(8, cores // n))))
     if n > 1:  # spinning threads would take the cores from the other ranks'
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if not torch.cuda.is_available():
-        os.environ.update(KEEP_MEMORY | os.environ)
     os.environ.setdefault("TORCHELASTIC_LOG_LEVEL", "CRITICAL")
-    # Semaphores of a rank that was stopped are removed, and need no warning.
-    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
+    os.environ.update(workarounds.rank_environment() | os.environ)
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 

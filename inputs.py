@@ -350,7 +350,9 @@ def join_system_prompt(messages: list[dict]) -> list[dict]:
 MAX_BAD_REFERENCES = 0.05
 
 
-def check_references(name: str, problems: list[dict], pool, args, at_least: int = 1) -> list[dict]:
+def check_references(
+    name: str, problems: list[dict], verifier, args, at_least: int = 1
+) -> list[dict]:
     """Leave out the problems whose reference answer no usual form of itself meets.
 
     Every rank checks its part. Refuses a data set with more of them than MAX_BAD_REFERENCES,
@@ -361,7 +363,9 @@ def check_references(name: str, problems: list[dict], pool, args, at_least: int 
     rank, world_size = dist.get_rank(), dist.get_world_size()
     references = [p["answer"] for p in problems]
     found = [None] * world_size
-    dist.all_gather_object(found, grading.bad_references(pool, references[rank::world_size], args))
+    dist.all_gather_object(
+        found, grading.bad_references(verifier, references[rank::world_size], args)
+    )
     bad = {rank + world_size * i for rank, part in enumerate(found) for i in part}
     kept = [p for i, p in enumerate(problems) if i not in bad]
     rows = {i: problems[i].get("row", problems[i]["id"]) for i in sorted(bad)[:5]}

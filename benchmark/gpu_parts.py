@@ -415,7 +415,7 @@ def run(folder: Path, name: str) -> None:
         "step_seconds": round(median(row["time/step"] for row in steps), 3),
     }
     print(json.dumps({f"{name}_{key}": value for key, value in figures.items()}))
-    common.check_gap(figures["logprob_gap"], args)
+    common.check_canary(figures["logprob_gap"], args)
 
 
 # part -> its figures in the JSON line of all parts

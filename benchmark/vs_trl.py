@@ -27,8 +27,8 @@ import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import harness  # noqa: E402
 import inputs  # noqa: E402
+import workarounds  # noqa: E402
 from lab import arithmetic, smollm2  # noqa: E402
 
 TRL = "trl==1.16.0"
@@ -103,7 +103,7 @@ def run(program: Program, report: Path, args: Args) -> None:
         write_prompts(prompts, model, args)
         command = [trl_python(), "benchmark/trl_grpo.py", "--model", model, "--prompts"]
         command += [str(prompts), *flags]
-        environment = os.environ | harness.KEEP_MEMORY  # as our scripts do
+        environment = os.environ | workarounds.KEEP_MEMORY  # as our scripts do
     else:
         command = [sys.executable, "benchmark/fixed_work.py", SCRIPTS[program], *flags]
         command += args.flags.split()
