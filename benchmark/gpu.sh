@@ -72,15 +72,13 @@ part_checks() { # A = ±1, so that every step has an update
     --flags="$LAB --advantage sign"
 }
 
-part_lab() {
-  train "$LIMIT" dsrl dsrl.py $LAB --warmup-steps 1
-}
+part_lab() { train "$LIMIT" dsrl dsrl.py $LAB --warmup-steps 1; }
 
 part_others() {
-  local failed=0
-  train "$LIMIT" grpo grpo_baseline.py $LAB || failed=1
-  train "$LIMIT" prerl prerl.py $LAB || failed=1
-  train "$LIMIT" nsr_prerl nsr_prerl.py $LAB || failed=1
+  local failed=0 script
+  for script in grpo_baseline prerl nsr_prerl; do
+    train "$LIMIT" $script $script.py $LAB || failed=1
+  done
   return $failed
 }
 
@@ -94,7 +92,6 @@ part_qwen() {
     $flags --system-prompt "" --output-dir "$WORK/qwen" &&
     "$PYTHON" benchmark/step_breakdown.py --report "$WORK/qwen.json" --peak $PEAK ||
     { failed=1 && tail -n 100 "$WORK/qwen/log_rank0.txt"; }
-  ((CPU)) && echo "GPU memory around sleep and wake, MFU: needs CUDA"
   "$PYTHON" benchmark/gpu_parts.py vllm --model "$WORK/model" --num-prompts $PROMPTS \
     --num-generations $GROUP --new-tokens $NEW || failed=1
   return $failed
@@ -114,9 +111,8 @@ part_smollm() {
 }
 
 part_memory() {
-  local flags="--vocabs 152064 --tokens 8192 --dtype bfloat16 --repeats 3"
-  ((CPU)) && flags="--vocabs 1000 --tokens 64 --length 32 --hidden 64 --layers 1"
-  ((CPU)) && echo "the ratios of 152,064 words: needs CUDA"
+  local flags="--dtype bfloat16 --repeats 3"
+  ((CPU)) && flags="--vocab 1000 --tokens 64 --length 32 --hidden 64 --layers 1"
   "$PYTHON" benchmark/memory.py $flags
 }
 

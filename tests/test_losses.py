@@ -19,14 +19,14 @@ import inputs
 import models
 import plot
 import thoughts
-from benchmark import gpu_parts, hardware, step_breakdown
+from benchmark import hardware, step_breakdown
 from study import experiments, report, smollm
 
 MEAN, GRPO, RLOO, REINFORCE, SIGN = "mean", "grpo", "rloo", "reinforce++", "sign"
 
 
 MODULES = [common, inputs, data, models, grading, thoughts, plot, grad_alignment]
-MODULES += [gpu_parts, hardware, step_breakdown, experiments, report, smollm]
+MODULES += [hardware, step_breakdown, experiments, report, smollm]
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
