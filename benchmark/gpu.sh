@@ -44,7 +44,6 @@ fi
 timeout 150 "$PYTHON" -c "import vllm, transformers, datasets, accelerate, pyarrow, math_verify
 import pebble, tyro, tensorboard, matplotlib" 2>"$OUT/imports.log" ||
   { tail -n 1 "$OUT/imports.log" && exit 1; }
-echo "imports: $SECONDS s"
 
 train() { # SECONDS NAME SCRIPT FLAGS: a run, its learning curve, the end of its log if it fails
   local seconds=$1 name=$2 run=$WORK/$2 code=0

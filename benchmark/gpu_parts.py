@@ -49,18 +49,26 @@ def places(worker) -> dict[str, tuple[int, bool]]:
     return {name: (at, any(a <= at < b for a, b in spans)) for name, at in found.items()}
 
 
+def seconds_to_generate(engine, count: int, seeded: bool) -> float:
+    """For `count` requests of 64 tokens."""
+    from vllm import SamplingParams
+
+    flags = dict(max_tokens=64, ignore_eos=True, detokenize=False)
+    params = [SamplingParams(seed=i if seeded else None, **flags) for i in range(count)]
+    start = time.perf_counter()
+    engine.generate([{"prompt_token_ids": [1, 5, 6]}] * count, params, use_tqdm=False)
+    return round(time.perf_counter() - start, 3)
+
+
 def checks(folder: Path, flags: str) -> None:
     """A watched run of grpo_baseline.py: do syncs reach the engine, does its memory come back?
 
     CUDA graphs read the weights where they were when the graphs were made, so no sync may move
     them, and all must be in memory that sleeps. Memory in use between rollouts must not grow. The
     canary must agree with the engine, and must not once the trainer's weights are scaled by 0.8.
-    AdamW must need nothing beside the state.
+    AdamW must need nothing beside the state. Also what a seed for every request costs.
 
     On a CPU only the canary is checked.
-
-    Args:
-        folder: the run's --output-dir; flags: more of the run.
     """
     one_rank()
     import torch
@@ -124,6 +132,13 @@ def checks(folder: Path, flags: str) -> None:
         figures["syncs"], figures["between_rollouts_gib"] = len(after_sync), between
         figures["check_gaps"], figures["check_stale_gaps"] = gaps, stale_gaps
         figures["adamw_temporaries"], figures["check_failures"] = temporaries[1:], failures
+        print(json.dumps(figures))
+        if cuda:
+            engine.wake_up(tags=["weights"])  # no effect right after a sync
+            engine.wake_up(tags=["kv_cache"])
+        for seeded in (False, True, False, True):  # the first two warm up
+            name = "seeded_seconds" if seeded else "unseeded_seconds"
+            figures[name] = seconds_to_generate(engine, 512 if cuda else 16, seeded)
         print(json.dumps(figures))
         shutdown(engine)
 

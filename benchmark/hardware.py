@@ -103,13 +103,10 @@ MODELS = {
 
 
 def weights_stay(m: Shape, gpus: int, tp: int, tokens: int, offload: bool, gib: float) -> bool:
-    """Whether the engine's weights stay on the card between rollouts, as common.py decides it.
+    """Whether the engine's weights stay on a card of `gib` between rollouts: trainer_bytes's sum.
 
     Beside them there must be room for the trainer's state and for a micro-batch, whose memory is a
     rougher sum here than in update_terms(): nothing but the model's config is asked.
-
-    Args:
-        gib: of the card.
     """
     state = 0 if offload else 16 * m.parameters / gpus
     layer = 8 * m.intermediate + 28 * m.hidden  # bytes a token that autograd keeps of one layer
@@ -121,10 +118,8 @@ def weights_stay(m: Shape, gpus: int, tp: int, tokens: int, offload: bool, gib: 
 def update_terms(m: Shape, gpus: int, tokens: int, offload: bool, engine: float) -> dict:
     """Bytes at the update's peak. The step has three moments of which the largest counts.
 
-    AdamW, which comes after them, is PyTorch's fused one: it needs no more than the state.
-
-    Args:
-        engine: bytes of the engine's weights, if they stay on the card.
+    `engine` are the bytes of the engine's weights, if they stay on the card. AdamW, which comes
+    after the moments, is PyTorch's fused one: it needs no more than the state.
     """
     # float32: weights 4, gradients 4, AdamW's two moments 8; sharded over the GPUs
     state = 0 if offload else 16 * m.parameters / gpus
@@ -158,8 +153,7 @@ def rollout_terms(m: Shape, gpus: int, tp: int, share: float, offload: bool, car
 def plan(m: Shape, gpus: int, card: int) -> tuple[list[str], bool, dict, dict]:
     """The fewest flags with which both peaks fit: smaller micro-batches first, then offloading.
 
-    Returns:
-        flags; whether the engine's weights stay on the card; terms of the update, of the rollout.
+    Returns flags, whether the engine's weights stay on the card, terms of update and rollout.
     """
     gib = CARDS[card]
     for tokens, offload in ((DEFAULT_TOKENS, False), (8192, False), (OFFLOAD_TOKENS, True)):

@@ -120,7 +120,7 @@ def main(args: Args) -> None:
             found[head] = pool.submit(measure, head, args).result()
         print(f"{head:13} {found[head]}", flush=True)
     ours, *others = found.values()
-    result = {"device": "cuda" if torch.cuda.is_available() else "cpu", "dtype": args.dtype}
+    result = {"dtype": args.dtype}
     for name, key in (("peak_ratio", "peak_gib"), ("time_ratio", "seconds")):
         result[name] = round(ours[key] / min(other[key] for other in others), 3)
     print(json.dumps(result | {"heads": found}))

@@ -95,12 +95,7 @@ def engine_figures(report: dict) -> dict:
 
 
 def main(report: Path, peak: float = 0.0) -> None:
-    """Print table and JSON line.
-
-    Args:
-        report: of fixed_work.py.
-        peak: FLOP/s of the machine as its maker states it; 0 = no update_mfu.
-    """
+    """Print table and JSON line. `peak`: FLOP/s by the machine's maker, for update_mfu."""
     found = json.loads(report.read_text())
     print(f"{'step':>4} {'whole':>8} " + " ".join(f"{part:>8}" for part in (*PARTS, "log ...")))
     for wall, row in zip(found["step_seconds"], found["steps"]):

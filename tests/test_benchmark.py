@@ -48,6 +48,7 @@ def test_checks(tmp_path):
     flags += "--num-generations 4 --max-completion-length 16"
     result = last_line("gpu_parts.py", "checks", f"--folder={tmp_path / 'run'}", f"--flags={flags}")
     assert result["syncs"] == 3 and not result["check_failures"]
+    assert result["seeded_seconds"] > 0 and result["unseeded_seconds"] > 0
     assert max(result["check_gaps"]) < 1e-3 < min(result["check_stale_gaps"])
 
 
