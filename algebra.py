@@ -1,7 +1,7 @@
 """math-verify's algebra on two plain expressions. Only the verifier's processes import this.
 
-Importing it also judges a few pairs: the parser builds its tables on first use, which takes longer
-than most verdicts. The processes are forked from one that has done this once (grading.py).
+Importing it also compares a few pairs: the parser builds its tables on first use, which takes
+longer than most answers. The processes are forked from one that has done this once (grading.py).
 """
 
 import logging
@@ -35,7 +35,7 @@ def same_value(answer: str, gold: str) -> bool:
     )
 
 
-@lru_cache(64)  # a reference is judged against several responses
+@lru_cache(64)  # a reference is compared with several responses
 def read_expression(text: str):
     """LaTeX as a sympy object; None if it cannot be read.
 

@@ -1,12 +1,11 @@
-"""Helpers of the four training scripts: small, independent functions.
+"""The algorithm's helpers of the four training scripts: small, independent functions.
 
-The algorithms are in grpo_baseline.py, prerl.py, nsr_prerl.py and dsrl.py. In order of use: engine,
-weight sync, rollout, advantages and loss, policy and micro-batches, canary, evaluation. What a run
-reads is in inputs.py, which models it takes in models.py; command line, output folder and
-checkpoints are in harness.py; what only a CPU or a library's fault needs is in workarounds.py.
+They stand in the order of the step: engine and policy, then the numbered sections of the scripts'
+main, where the loop itself is. What a run reads is in inputs.py, which models it takes in
+models.py, whether an answer is correct in grading.py. Command line, output folder and checkpoints
+are in harness.py, what only a CPU, a library's fault or a private name needs in workarounds.py.
 """
 
-import contextlib
 import math
 import os
 import random
@@ -39,30 +38,13 @@ def make_engine(path: str, vocab_size: int, args, shared: bool = True):
         shared: the GPU is the trainer's between rollouts, so the engine then sleeps.
     """
     if torch.cuda.is_available():
-        extra = dict(
-            gpu_memory_utilization=args.gpu_memory_utilization,
-            enable_sleep_mode=shared,
-        )
-        # In float32 vLLM's attention is Triton's, whose matrix products would be TF32.
-        os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
-        start = contextlib.nullcontext()
+        workarounds.exact_float32()
+        extra = dict(gpu_memory_utilization=args.gpu_memory_utilization, enable_sleep_mode=shared)
     else:
-        workarounds.prepare_cpu_engine()
-        workarounds.remember_packed_weights(bits)
-        start = workarounds.own_shared_memory()
-        length = args.max_prompt_length + args.max_completion_length
-        extra = dict(
-            enforce_eager=True,
-            kv_cache_memory_bytes=1 << 30,
-            max_num_seqs=256,
-            # A prompt cut in chunks makes vLLM rewind the sample's generator, which CPU ones can't.
-            enable_chunked_prefill=False,
-            max_num_batched_tokens=max(8192, length),
-            ir_op_priority={"fused_add_rms_norm": ["vllm_c", "native"]},
-        )
+        extra = workarounds.cpu_engine_options(args.context, bits)
     from vllm import LLM
 
-    with start, workarounds.own_threads(), workarounds.own_model_classes() as separate:
+    with workarounds.start_of_engine() as repair:
         engine = LLM(
             path,
             load_format="dummy",
@@ -71,15 +53,13 @@ def make_engine(path: str, vocab_size: int, args, shared: bool = True):
             dtype="float32" if args.dtype == "float64" else args.dtype,
             tensor_parallel_size=args.tensor_parallel_size,
             distributed_executor_backend="external_launcher",
-            max_model_len=args.max_prompt_length + args.max_completion_length,
+            max_model_len=args.context,
             logprobs_mode="processed_logprobs",  # of the distribution that was sampled from
             seed=args.seed,
             disable_log_stats=True,
             **extra,
         )
-        separate(engine)
-    if "lm_head.bias" in models.read_headers(path, path):
-        engine.collective_rpc(workarounds.register_head_bias)
+        repair(engine, biased_head="lm_head.bias" in models.read_headers(path, path))
     sleep(engine, args)
     return engine
 
@@ -117,8 +97,7 @@ def trainer_bytes(count: int, itemsize: int, config, args, world_size: int) -> f
         per_token = 2 * layers * hidden + 1.5 * kept
     else:
         per_token = layers * kept
-    longest = args.max_prompt_length + args.max_completion_length
-    batch = max(args.max_tokens_per_microbatch, longest) * per_token * itemsize / 2
+    batch = max(args.max_tokens_per_microbatch, args.context) * per_token * itemsize / 2
     return state + batch + 12 * config.vocab_size * hidden + 3 * 2**30
 
 
@@ -147,377 +126,7 @@ def wake(engine, tag: str) -> None:
         engine.wake_up(tags=[tag])
 
 
-# -------------------------------------------------------------------------------------- weight sync
-
-
-def sync_weights(engine, policy) -> None:
-    """Send the trainer's weights to the engine: one parameter at a time is gathered and sent."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"  # offloaded shards travel by the GPU
-    dtype = engine.llm_engine.model_config.dtype
-    weights = (  # cast first: half the bytes travel
-        (name, parameter.detach().to(device).to(dtype).full_tensor())
-        for name, parameter in policy.lm.named_parameters()
-    )
-    send_weights(engine, weights, policy.vocab_size, policy.lm.config)
-
-
-def read_weights(path: str, config):
-    """(name, tensor) of each weight of a checkpoint that the model has."""
-    from safetensors import safe_open
-
-    used = {name for name, _ in models.meta_model(config).named_parameters()}
-    for file in models.weight_files(path):
-        with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():
-                if name in used:
-                    yield name, tensors.get_tensor(name)
-
-
-def send_weights(engine, weights, vocab_size: int, config) -> dict[str, int]:
-    """Replace the engine's weights by `weights`, an iterator of (name, whole tensor).
-
-    Returns:
-        the bit sums of what was sent, for check_weights().
-    """
-    wake(engine, "weights")
-    device = "cuda" if torch.cuda.is_available() else "cpu"  # adding up is slow on a CPU
-    dtype, sums = engine.llm_engine.model_config.dtype, {}
-    copied = config.tie_word_embeddings and has_head(engine)
-
-    def adapted():  # to the engine's dtype, untied head and unpadded vocabulary
-        for name, weight in weights:
-            weight = weight.to(device, dtype)
-            if name.endswith(VOCABULARY):
-                weight = weight[:vocab_size]
-            if config.tie_word_embeddings and name == "lm_head.weight":
-                continue
-            names = [name]
-            if copied and name.endswith("embed_tokens.weight"):
-                names.append("lm_head.weight")
-            for name in names:
-                add_bits(sums, name, bits(weight) * copies(name, config, engine))
-                yield name, weight
-
-    engine.collective_rpc("reload_weights", kwargs={"weights_iterator": adapted()})
-    engine.reset_prefix_cache()
-    return to_integers(sums)
-
-
-VOCABULARY = ("embed_tokens.weight", "lm_head.weight", "lm_head.bias")  # a row each token
-
-
-def has_head(engine) -> bool:
-    """Has the engine's model a head? vLLM's Gemma 2 and Cohere use the embeddings instead."""
-    return engine.collective_rpc(lambda worker: hasattr(worker.get_model(), "lm_head"))[0]
-
-
-def bits(weight: torch.Tensor) -> torch.Tensor:
-    """Σ of the elements' bit patterns as integers, modulo 2^64.
-
-    Packing, order, sharding and padding with zeros do not change it; one other element does.
-
-    >>> bits(torch.tensor([1.0, -2.0, 0.0])), bits(torch.tensor([[-2.0], [1.0]]))
-    (tensor(-8388608), tensor(-8388608))
-    """
-    integers = {2: torch.int16, 4: torch.int32}[weight.itemsize]
-    return weight.detach().contiguous().view(integers).sum(dtype=torch.int64)
-
-
-def add_bits(sums: dict, name: str, value: torch.Tensor) -> None:
-    """Add a weight's bits to its group's: a layer, or a name such as embed_tokens."""
-    layer = re.search(r"layers\.\d+", name)
-    group = layer[0] if layer else name.split(".")[-2]
-    sums[group] = sums.get(group, 0) + value
-
-
-def to_integers(sums: dict[str, torch.Tensor]) -> dict[str, int]:
-    """Tensors to numbers in [0, 2^64), in one transfer."""
-    values = torch.stack(list(sums.values())).tolist() if sums else []
-    return {group: value % 2**64 for group, value in zip(sums, values)}
-
-
-def ranks_per_engine(engine) -> int:
-    return engine.llm_engine.vllm_config.parallel_config.tensor_parallel_size
-
-
-# Of matrices that are cut by rows: each rank has the whole bias. The last three: Phi-2, StarCoder 2
-ROW_BIASES = ("o_proj.bias", "down_proj.bias", "dense.bias", "fc2.bias", "c_proj.bias")
-
-
-def copies(name: str, config, engine) -> int:
-    """How many ranks of a tensor-parallel engine hold each element of a parameter."""
-    tp = ranks_per_engine(engine)
-    if "norm" in name or name.endswith(ROW_BIASES):
-        return tp
-    if "k_proj" in name or "v_proj" in name:
-        return max(1, tp // config.num_key_value_heads)
-    return 1
-
-
-def engine_bits(worker) -> dict[str, int]:
-    """Bit sums of the weights that this rank's part of the engine holds; called by vLLM."""
-    sums = {}
-    for prefix, module in worker.get_model().named_modules():
-        for name, weight in module.named_parameters(recurse=False):
-            if weight.numel() == 0:  # see workarounds.remember_packed_weights()
-                value = module.packed_bits
-            else:
-                if hasattr(module, "shard_indices"):  # of embedding and head: rows that only pad
-                    weight = weight[: module.shard_indices.num_org_elements]
-                value = bits(weight.to(worker.model_config.dtype))  # a CPU's bias may be float32
-            add_bits(sums, f"{prefix}.{name}", value)
-    return to_integers(sums)
-
-
-@torch.no_grad()
-def policy_bits(engine, policy) -> dict[str, int]:
-    """Bit sums that the engine's weights must have, from the ranks' own shards of the policy's."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    config, dtype, sums = policy.lm.config, engine.llm_engine.model_config.dtype, {}
-    copied = config.tie_word_embeddings and has_head(engine)
-    for name, parameter in policy.lm.named_parameters():
-        weight = parameter.to_local().to(device).to(dtype)
-        if name.endswith(VOCABULARY):
-            first = rank * math.ceil(len(parameter) / world_size)  # row of this rank's shard
-            weight = weight[: max(0, policy.vocab_size - first)]
-        value = bits(weight) * copies(name, config, engine)
-        add_bits(sums, name, value)
-        if copied and name.endswith("embed_tokens.weight"):
-            add_bits(sums, "lm_head.weight", value)
-    parts = [None] * world_size
-    dist.all_gather_object(parts, to_integers(sums))
-    return {group: sum(part[group] for part in parts) % 2**64 for group in parts[0]}
-
-
-def check_sync(engine, policy) -> None:
-    """Exact: does every engine hold the very bits of the policy's weights, cast to its dtype?
-
-    Raises:
-        RuntimeError, on every rank, with the layers that differ.
-    """
-    check_weights(engine, policy_bits(engine, policy))
-
-
-def check_weights(engine, expected: dict[str, int]) -> None:
-    """Compare each engine's bit sums, added over its ranks, with the expected ones."""
-    wake(engine, "weights")
-    parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, engine.collective_rpc(engine_bits)[0])
-    tp, wrong = ranks_per_engine(engine), set()
-    for first in range(0, len(parts), tp):
-        for group in {*expected, *parts[first]}:
-            held = sum(part.get(group, 0) for part in parts[first : first + tp]) % 2**64
-            if held != expected.get(group):
-                wrong.add(group)
-    if wrong:
-        names = sorted(wrong)
-        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-        raise RuntimeError(
-            f"the engine's weights are not the policy's ({shown}): it would sample from another "
-            "model. The weight sync is broken, or vLLM stores this model's weights in another form"
-        )
-
-
-# ------------------------------------------------------------------------------------------ rollout
-
-
-def rollout(
-    engine, problems: list[dict], num_samples: int, seed: str, stop: list[int], args
-) -> list[dict]:
-    """Sample y ~ π(·|x): `num_samples` responses to each problem, this rank's share of them.
-
-    Each tensor-parallel group takes every n-th problem; each of its ranks keeps a part of the
-    samples. A sample depends only on (seed, problem's id, its number), not on the ranks.
-
-    Args:
-        stop: ids that end a response, of inputs.find_stop_tokens(). The one that does is part of y.
-
-    Returns:
-        dicts of index (problem * num_samples + number), ids (int32 [T], the stop token included),
-        logprobs (float32 [T], the sampler's) and truncated (bool).
-    """
-    from vllm import SamplingParams
-
-    tp, rank = args.tensor_parallel_size, dist.get_rank()
-    mine = range(rank // tp, len(problems), dist.get_world_size() // tp)
-    params = [
-        SamplingParams(
-            n=num_samples,
-            temperature=args.temperature,
-            top_p=getattr(args, "top_p", 1.0),  # evaluations have it
-            max_tokens=args.max_completion_length,
-            seed=random.Random(f"{seed} {problems[i]['id']}").getrandbits(31),
-            stop_token_ids=stop,
-            logprobs=0,
-            flat_logprobs=True,  # lists, not a dictionary for every token
-            detokenize=False,
-        )
-        for i in mine
-    ]
-    wake(engine, "weights")
-    wake(engine, "kv_cache")
-    prompts = [{"prompt_token_ids": problems[i]["prompt_ids"]} for i in mine]
-    outputs = engine.generate(prompts, params, use_tqdm=False) if prompts else []
-    harness.note_memory()
-    sleep(engine, args)
-    samples = []
-    for i, output in zip(mine, outputs):
-        for g, y in enumerate(output.outputs):
-            if (i * num_samples + g) % tp == rank % tp:
-                samples.append(
-                    dict(
-                        index=i * num_samples + g,
-                        ids=np.array(y.token_ids, dtype=np.int32),
-                        logprobs=np.array(y.logprobs.logprobs, dtype=np.float32),
-                        truncated=y.finish_reason == "length",
-                    )
-                )
-    return samples
-
-
-def gather(samples: list[dict]) -> list[dict]:
-    """Every rank's samples on every rank, by index."""
-    parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, samples)
-    return sorted((s for part in parts for s in part), key=lambda s: s["index"])
-
-
-def verify(samples: list[dict], references: list[str], tokenizer, verifier, args) -> dict:
-    """Add text, reward and thoughts to this rank's samples; a truncated response gets reward 0.
-
-    Args:
-        references: the reference answer of each of the step's samples, by index.
-
-    Returns:
-        the counts timeouts and errors.
-    """
-    texts = tokenizer.batch_decode([s["ids"] for s in samples], skip_special_tokens=True)
-    wanted = [references[s["index"]] for s in samples]
-    rewards, timeouts, errors = grading.verify(verifier, texts, wanted, args)
-    for sample, text, reward in zip(samples, texts, rewards):
-        sample["reward"] = 0.0 if sample["truncated"] else reward
-        sample["text"], sample["length"] = text, len(sample["ids"])
-        sample["boxed"] = grading.last_boxed(text) is not None
-        sample["thoughts"] = thoughts.count(text)
-    counts = torch.tensor([timeouts, errors])
-    dist.all_reduce(counts)
-    return {"verify/timeouts": int(counts[0]), "verify/errors": int(counts[1])}
-
-
-def rollout_metrics(samples: list[dict], rewards: torch.Tensor, args) -> dict:
-    """What the step's samples look like."""
-    solved = rewards.view(-1, args.num_generations).mean(1)  # [P]
-    lengths = [s["length"] for s in samples]
-    return {
-        "reward/mean": rewards.mean().item(),
-        "reward/solve_all": (solved == 1).float().mean().item(),
-        "reward/solve_none": (solved == 0).float().mean().item(),
-        "completion/length": float(np.mean(lengths)),
-        "completion/truncated": float(np.mean([s["truncated"] for s in samples])),
-        "completion/boxed": float(np.mean([s["boxed"] for s in samples])),
-        # E[-log π(y_t | x, y_<t)] over y ~ π is the entropy: no full distribution is needed.
-        "policy/entropy": float(-np.concatenate([s["logprobs"] for s in samples]).mean()),
-        **thoughts.rates([s["thoughts"] for s in samples], lengths),
-    }
-
-
-# ------------------------------------------------------------------------------ advantages and loss
-
-
-def advantages(rewards: torch.Tensor, group_size: int, kind: str) -> torch.Tensor:
-    """A [N] from r [N], whose groups of `group_size` neighbours answer the same problem.
-
-    grpo: (r - group mean) / (group std + 1e-6), the sample's std (ddof 1), as verl. mean: r - group
-    mean. rloo: r - mean of the others in the group. reinforce++: (r - mean) / (std + 1e-6) over the
-    whole batch. sign: 1 if correct, -1 if not, whatever the group (arXiv 2506.01347).
-
-    >>> advantages(torch.tensor([1.0, 0.0, 0.0, 0.0]), 4, "mean")
-    tensor([ 0.7500, -0.2500, -0.2500, -0.2500])
-    >>> advantages(torch.tensor([1.0, 0.0, 0.0, 0.0]), 4, "grpo")
-    tensor([ 1.5000, -0.5000, -0.5000, -0.5000])
-    >>> advantages(torch.tensor([1.0, 0.0, 0.0, 0.0]), 4, "rloo")
-    tensor([ 1.0000, -0.3333, -0.3333, -0.3333])
-    """
-    if kind == "sign":
-        return 2 * rewards - 1
-    if kind == "reinforce++":
-        return (rewards - rewards.mean()) / (rewards.std() + 1e-6)
-    r = rewards.view(-1, group_size)  # [P, G]
-    A = r - r.mean(1, keepdim=True)
-    if kind == "grpo":
-        A = A / (r.std(1, keepdim=True) + 1e-6)
-    elif kind == "rloo":
-        A = A * group_size / (group_size - 1)
-    return A.flatten()
-
-
-def sign_weights(A: torch.Tensor, positive: float, negative: float) -> torch.Tensor:
-    """Weight [N] of each sample: `positive` where A > 0, `negative` where A < 0.
-
-    A sample with A = 0 belongs to neither sign; it counts (in the mean) when both signs do.
-
-    >>> sign_weights(torch.tensor([2.0, -1.0, 0.0]), 0.1, 1.0)
-    tensor([0.1000, 1.0000, 1.0000])
-    >>> sign_weights(torch.tensor([2.0, -1.0, 0.0]), 0.0, 1.0)
-    tensor([0., 1., 0.])
-    """
-    neither = torch.full_like(A, float(positive != 0 and negative != 0))
-    return torch.where(A > 0, positive, torch.where(A < 0, negative, neither))
-
-
-def token_weights(chosen: torch.Tensor, lengths: torch.Tensor, kind: str, max_length: int):
-    """What a token of each sample weighs in the loss [N]; the sum over the step makes a mean.
-
-    One normaliser for the whole step, so micro-batches and ranks only add up.
-
-    Args:
-        chosen: bool [N]; lengths: response tokens [N]; max_length: of a completion, in tokens.
-
-    >>> token_weights(torch.tensor([True, True]), torch.tensor([1, 3]), "token-mean", 8)
-    tensor([0.2500, 0.2500])
-    >>> token_weights(torch.tensor([True, True]), torch.tensor([1, 4]), "seq-mean-token-mean", 8)
-    tensor([0.5000, 0.1250])
-    """
-    n = chosen.sum().clamp(min=1)
-    if kind == "token-mean":
-        weight = torch.ones_like(lengths) / (lengths * chosen).sum().clamp(min=1)
-    elif kind == "seq-mean-token-mean":
-        weight = 1 / (n * lengths.clamp(min=1))
-    else:  # seq-mean-token-sum-norm
-        weight = torch.ones_like(lengths) / (n * max_length)
-    return weight * chosen
-
-
-DUAL_CLIP = 10.0  # bound of the ratio where A < 0 (paper: 10)
-
-
-def clipped_objective(logp, old_logp, A, clip_low: float, clip_high: float):
-    """PPO's clipped objective per token [n], with clip-higher and dual clip (to be maximised).
-
-    On-policy old_logp = logp: the value is A and the gradient A ∇logp. Dual clip (arXiv 1912.09729)
-    bounds the objective of A < 0 from below by DUAL_CLIP * A.
-
-    >>> logp = torch.tensor([0.5, 0.5, 3.0])
-    >>> clipped_objective(logp, torch.zeros(3), torch.tensor([1.0, -1.0, -1.0]), 0.2, 0.28)
-    tensor([  1.2800,  -1.6487, -10.0000])
-    """
-    ratio = torch.exp(logp - old_logp)
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    objective = torch.minimum(ratio * A, clipped * A)
-    return torch.where(A < 0, torch.maximum(objective, DUAL_CLIP * A), objective)
-
-
-@torch.no_grad()
-def batch_stats(batch, loss, logp, old_logp, args) -> torch.Tensor:
-    """Of a micro-batch: loss, Σ logp, tokens whose ratio left the clip range, tokens; [4]."""
-    ratio = (logp - old_logp).exp()
-    outside = (ratio < 1 - args.clip_low) | (ratio > 1 + args.clip_high)
-    stats = torch.stack([loss, logp.sum(), outside.sum(), torch.ones_like(logp).sum()]).cpu()
-    return torch.zeros_like(stats) if batch.is_filler else stats
-
-
-# ------------------------------------------------------------------------- policy and micro-batches
+# ----------------------------------------------------------------------------- policy and optimiser
 
 
 class TokenLogprobs(torch.autograd.Function):
@@ -625,25 +234,6 @@ class Policy(nn.Module):
         return TokenLogprobs.apply(hidden[marked], W, b, tokens[:, first:][marked], *numbers)
 
 
-def plain_attention(module, q, k, v, mask, scaling: float, **_):
-    """softmax(q kᵀ scaling + mask) v as matrix products, in q's dtype.
-
-    The queries of a key-value head, H/K heads of them, are rows of one matrix: keys and values are
-    not repeated.
-
-    Args:
-        q: [B, H, L, D]; k: [B, K, S, D]; v: [B, K, S, E]; mask: added to the scores [B, H, L, S].
-
-    Returns:
-        [B, L, H, E], and None, as transformers asks.
-    """
-    B, H, L, D = q.shape
-    scores = (q * scaling).reshape(B, k.shape[1], -1, D) @ k.mT  # [B, K, H/K * L, S]
-    weights = scores.view(B, H, L, -1).add_(mask).softmax(-1)
-    out = weights.view(scores.shape) @ v
-    return out.view(B, H, L, v.shape[-1]).transpose(1, 2).contiguous(), None
-
-
 def load_policy(path: str, config, vocab_size: int, args, device) -> Policy:
     """The model sharded by FSDP2: compute in --dtype; master weights and reduce in float32.
 
@@ -656,24 +246,7 @@ def load_policy(path: str, config, vocab_size: int, args, device) -> Policy:
 
     dtype = getattr(torch, args.dtype)
     master = torch.promote_types(dtype, torch.float32)
-    if device.type == "cuda" and dtype == torch.float32:
-        # For grouped queries in float32 CUDA has the plain kernel only, which needs memory by the
-        # length squared. With keys and values repeated it has another.
-        from transformers.integrations import sdpa_attention
-
-        sdpa_attention.use_gqa_in_sdpa = lambda *_: False
-    attention = "sdpa"
-    if device.type == "cpu" and dtype == torch.bfloat16:
-        # Plain matrix products are faster here, but need memory by the length squared.
-        if args.max_prompt_length + args.max_completion_length <= 1024:
-            from transformers import AttentionInterface, AttentionMaskInterface
-            from transformers.masking_utils import eager_mask
-
-            attention = "plain"
-            AttentionInterface.register(attention, plain_attention)
-            AttentionMaskInterface.register(attention, eager_mask)
-    if getattr(config, "attn_logit_softcapping", None):
-        attention = "eager"  # Gemma 2's scores have a cap, which PyTorch's kernels leave out
+    attention = workarounds.choose_attention(config, dtype, device, args)
     lm = models.meta_model(config, master, attention)
     if args.gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
@@ -721,52 +294,208 @@ def make_optimizer(policy, args):
     )
 
 
-MAX_GRAD_NORM = 1.0  # the paper's
+# --------------------------------------------------------------------------------------- 1. rollout
 
 
-def optimizer_step(policy, optimizer) -> float:
-    """Clip the gradients and step, unless they are not finite. Returns their norm before."""
-    norm = clip_gradients(policy, MAX_GRAD_NORM)
-    if math.isfinite(norm):
-        optimizer.step()
-    optimizer.zero_grad()
-    return norm
+def rollout(
+    engine, problems: list[dict], num_samples: int, seed: str, stop: list[int], args
+) -> list[dict]:
+    """Sample y ~ π(·|x): `num_samples` responses to each problem, this rank's share of them.
 
+    Each tensor-parallel group takes every n-th problem; each of its ranks keeps a part of the
+    samples. A sample depends only on (seed, problem's id, its number), not on the ranks.
 
-def clip_gradients(policy, max_norm: float) -> float:
-    """Scale the gradients to `max_norm` if their norm is larger. Returns the norm before."""
-    harness.note_memory()
-    if torch.cuda.is_available():
-        # AdamW makes its moments in its first step. In blocks that the backward pass has freed they
-        # would pin these for ever, and the KV cache could not have them.
-        torch.cuda.empty_cache()
-    return torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm).full_tensor().item()
+    Args:
+        stop: ids that end a response, of inputs.find_stop_tokens(). The one that does is part of y.
 
-
-def count_skipped(skipped: int, grad_norm: float, folder: Path, step: int, samples, A, say) -> int:
-    """How many updates in a row were skipped because the gradient was not finite.
-
-    Saves the samples of such a step for inspection. The third in a row ends the run.
+    Returns:
+        dicts of index (problem * num_samples + number), ids (int32 [T], the stop token included),
+        logprobs (float32 [T], the sampler's) and truncated (bool).
     """
-    if math.isfinite(grad_norm):
-        return 0
-    path = folder / "skipped" / f"step_{step:06d}.pt"
-    if dist.get_rank() == 0:
-        path.parent.mkdir(exist_ok=True)
-        torch.save({"samples": samples, "advantages": A}, path)
-    say(f"step {step}: the gradient is not finite, no update is made; samples in {path}")
-    if skipped == 2:
-        raise RuntimeError(
-            f"the gradient was not finite 3 times in a row, last at step {step}: a smaller "
-            "--learning-rate, or float32, may help; the samples are in the folder skipped"
+    from vllm import SamplingParams
+
+    tp, rank = args.tensor_parallel_size, dist.get_rank()
+    mine = range(rank // tp, len(problems), dist.get_world_size() // tp)
+    params = [
+        SamplingParams(
+            n=num_samples,
+            temperature=args.temperature,
+            top_p=getattr(args, "top_p", 1.0),  # evaluations have it
+            max_tokens=args.max_completion_length,
+            seed=random.Random(f"{seed} {problems[i]['id']}").getrandbits(31),
+            stop_token_ids=stop,
+            logprobs=0,
+            flat_logprobs=True,  # lists, not a dictionary for every token
+            detokenize=False,
         )
-    return skipped + 1
+        for i in mine
+    ]
+    wake(engine, "weights")
+    wake(engine, "kv_cache")
+    prompts = [{"prompt_token_ids": problems[i]["prompt_ids"]} for i in mine]
+    outputs = engine.generate(prompts, params, use_tqdm=False) if prompts else []
+    harness.note_memory()
+    sleep(engine, args)
+    samples = []
+    for i, output in zip(mine, outputs):
+        for g, y in enumerate(output.outputs):
+            if (i * num_samples + g) % tp == rank % tp:
+                samples.append(
+                    dict(
+                        index=i * num_samples + g,
+                        ids=np.array(y.token_ids, dtype=np.int32),
+                        logprobs=np.array(y.logprobs.logprobs, dtype=np.float32),
+                        truncated=y.finish_reason == "length",
+                    )
+                )
+    return samples
+
+
+def gather(samples: list[dict]) -> list[dict]:
+    """Every rank's samples on every rank, by index."""
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, samples)
+    return sorted((s for part in parts for s in part), key=lambda s: s["index"])
+
+
+# ------------------------------------------------------------------------ 2. verify, and the canary
+
+
+def verify(samples: list[dict], references: list[str], tokenizer, verifier, args) -> dict:
+    """Add text, reward and thoughts to this rank's samples; a truncated response gets reward 0.
+
+    Args:
+        references: the reference answer of each of the step's samples, by index.
+
+    Returns:
+        the counts timeouts and errors.
+    """
+    texts = tokenizer.batch_decode([s["ids"] for s in samples], skip_special_tokens=True)
+    wanted = [references[s["index"]] for s in samples]
+    rewards, timeouts, errors = grading.verify(verifier, texts, wanted, args)
+    for sample, text, reward in zip(samples, texts, rewards):
+        sample["reward"] = 0.0 if sample["truncated"] else reward
+        sample["text"], sample["length"] = text, len(sample["ids"])
+        sample["boxed"] = grading.last_boxed(text) is not None
+        sample["thoughts"] = thoughts.count(text)
+    counts = torch.tensor([timeouts, errors])
+    dist.all_reduce(counts)
+    return {"verify/timeouts": int(counts[0]), "verify/errors": int(counts[1])}
+
+
+def rollout_metrics(samples: list[dict], rewards: torch.Tensor, args) -> dict:
+    """What the step's samples look like."""
+    solved = rewards.view(-1, args.num_generations).mean(1)  # [P]
+    lengths = [s["length"] for s in samples]
+    return {
+        "reward/mean": rewards.mean().item(),
+        "reward/solve_all": (solved == 1).float().mean().item(),
+        "reward/solve_none": (solved == 0).float().mean().item(),
+        "completion/length": float(np.mean(lengths)),
+        "completion/truncated": float(np.mean([s["truncated"] for s in samples])),
+        "completion/boxed": float(np.mean([s["boxed"] for s in samples])),
+        # E[-log π(y_t | x, y_<t)] over y ~ π is the entropy: no full distribution is needed.
+        "policy/entropy": float(-np.concatenate([s["logprobs"] for s in samples]).mean()),
+        **thoughts.rates([s["thoughts"] for s in samples], lengths),
+    }
+
+
+@torch.no_grad()
+def canary(policy, prompts: list[list[int]], samples: list[dict], args, device) -> dict:
+    """The canary: up to 4 of the step's samples a rank, scored by the trainer, with the prompt.
+
+    Runs before the update: the engine has these very weights, so the gap is rounding only; a large
+    one means that the sync failed.
+
+    Returns:
+        sync/logprob_gap, the mean |trainer's - sampler's log-prob| per token.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    stride = max(1, len(samples) // (4 * world_size))
+    responses, batch, width = [s["ids"] for s in samples], [], 0
+    for i in range(rank * stride, len(samples), world_size * stride):
+        width = max(width, len(prompts[i]) + len(responses[i]))
+        if batch and width * (len(batch) + 1) > args.max_tokens_per_microbatch:
+            break
+        batch.append(i)
+    batch = batch[:4]
+    # Of all samples, not of this rank's: a prefix is a forward pass more, on every rank or on none
+    prefix, contexts = split_prefix(prompts, responses, args)
+    logp = policy(*collate(contexts, responses, batch, device), prefix)
+    policy.reshard()  # FSDP's root stays gathered after a forward without backward
+    gap = (logp - sampler_logprobs(samples, batch, device)).abs().cpu()
+    total = torch.tensor([gap.sum(), len(gap)], dtype=torch.float64)
+    dist.all_reduce(total)
+    return {"sync/logprob_gap": (total[0] / total[1].clamp(min=1)).item()}
 
 
 def sampler_logprobs(samples: list[dict], batch: list[int], device) -> torch.Tensor:
     """The engine's log-probs of the batch's response tokens, float32 [n]."""
     parts = [samples[i]["logprobs"] for i in batch] or [np.zeros(0, np.float32)]
     return torch.from_numpy(np.concatenate(parts)).to(device)
+
+
+def check_canary(gap: float, args) -> None:
+    """Stop if the engine's log-probs have left the trainer's."""
+    limit = 0.001 if args.dtype == "float32" else 0.1
+    if math.isnan(gap):
+        raise RuntimeError(
+            "sync/logprob_gap is NaN: a weight is not finite. The last checkpoint is sound; a "
+            "smaller --learning-rate may help"
+        )
+    if not gap <= limit:
+        raise RuntimeError(
+            f"sync/logprob_gap is {gap:.4g}, over {limit:g}: the engine samples from another "
+            "policy than the trainer's, so this step's update would be wrong"
+        )
+
+
+# ----------------------------------------------------------------------------- 3. and 4. advantages
+
+
+def advantages(rewards: torch.Tensor, group_size: int, kind: str) -> torch.Tensor:
+    """A [N] from r [N], whose groups of `group_size` neighbours answer the same problem.
+
+    grpo: (r - group mean) / (group std + 1e-6), the sample's std (ddof 1), as verl. mean: r - group
+    mean. rloo: r - mean of the others in the group. reinforce++: (r - mean) / (std + 1e-6) over the
+    whole batch. sign: 1 if correct, -1 if not, whatever the group (arXiv 2506.01347).
+
+    >>> advantages(torch.tensor([1.0, 0.0, 0.0, 0.0]), 4, "mean")
+    tensor([ 0.7500, -0.2500, -0.2500, -0.2500])
+    >>> advantages(torch.tensor([1.0, 0.0, 0.0, 0.0]), 4, "grpo")
+    tensor([ 1.5000, -0.5000, -0.5000, -0.5000])
+    >>> advantages(torch.tensor([1.0, 0.0, 0.0, 0.0]), 4, "rloo")
+    tensor([ 1.0000, -0.3333, -0.3333, -0.3333])
+    """
+    if kind == "sign":
+        return 2 * rewards - 1
+    if kind == "reinforce++":
+        return (rewards - rewards.mean()) / (rewards.std() + 1e-6)
+    r = rewards.view(-1, group_size)  # [P, G]
+    A = r - r.mean(1, keepdim=True)
+    if kind == "grpo":
+        A = A / (r.std(1, keepdim=True) + 1e-6)
+    elif kind == "rloo":
+        A = A * group_size / (group_size - 1)
+    return A.flatten()
+
+
+def sign_weights(A: torch.Tensor, weights: tuple[float, float]) -> torch.Tensor:
+    """Weight [N] of each sample: the first of `weights` where A > 0, the second where A < 0.
+
+    A sample with A = 0 belongs to neither sign; it counts (in the mean) when both signs do.
+
+    >>> sign_weights(torch.tensor([2.0, -1.0, 0.0]), (0.1, 1.0))
+    tensor([0.1000, 1.0000, 1.0000])
+    >>> sign_weights(torch.tensor([2.0, -1.0, 0.0]), (0.0, 1.0))
+    tensor([0., 1., 0.])
+    """
+    positive, negative = weights
+    neither = torch.full_like(A, float(positive != 0 and negative != 0))
+    return torch.where(A > 0, positive, torch.where(A < 0, negative, neither))
+
+
+# ------------------------------------------------------------------------- 5. update: micro-batches
 
 
 def split_prefix(contexts: list[list[int]], responses: list, args) -> tuple[list, list]:
@@ -786,6 +515,52 @@ def split_prefix(contexts: list[list[int]], responses: list, args) -> tuple[list
     if args.gradient_checkpointing or 3 * len(prefix) * len(contexts) < total:
         prefix = []
     return prefix, [x[len(prefix) :] for x in contexts]
+
+
+def split(in_loss: torch.Tensor, num_minibatches: int, step: int) -> list[torch.Tensor]:
+    """Of which samples each mini-batch is, bool [N] each; the same on every rank."""
+    order = torch.randperm(len(in_loss), generator=torch.Generator().manual_seed(step))
+    minibatches = []
+    for part in order.chunk(num_minibatches):
+        chosen = torch.zeros_like(in_loss)
+        chosen[part] = in_loss[part]
+        minibatches.append(chosen)
+    return minibatches
+
+
+class Batch(NamedTuple):
+    """A micro-batch of B samples with n response tokens in all. B is never 0.
+
+    All ranks make equally many. A rank that has no sample left gets a filler: a sample of the step
+    whose every value is 0, so that it adds nothing to the loss.
+    """
+
+    index: list[int]  # which of the step's samples they are
+    tokens: torch.Tensor  # [B, L]
+    is_response: torch.Tensor  # bool [B, L]
+    lengths: torch.Tensor  # [B] response tokens
+    is_filler: bool
+
+    def per_token(self, values: torch.Tensor) -> torch.Tensor:
+        """A value of each of the step's samples [N] at each response token [n]; a filler's is 0."""
+        values = values[self.index].to(self.tokens.device).repeat_interleave(self.lengths)
+        return torch.zeros_like(values) if self.is_filler else values
+
+    def take(self, parts) -> torch.Tensor:
+        """[n] from parts[i], the values [T_i] at the tokens of sample i."""
+        return torch.cat([parts[i] for i in self.index])
+
+
+def microbatches(chosen: torch.Tensor, contexts, responses, args, device):
+    """This rank's micro-batches of the chosen samples (bool [N]); as many on every rank."""
+    total = [len(x) + len(y) for x, y in zip(contexts, responses)]  # tokens of each sequence
+    indices = chosen.nonzero()[:, 0].tolist()
+    plan = plan_microbatches(indices, total, args.max_tokens_per_microbatch, dist.get_world_size())
+    for index in plan[dist.get_rank()]:
+        filler = [min(indices, key=lambda i: total[i])]
+        batch = index or filler
+        lengths = torch.tensor([len(responses[i]) for i in batch], device=device)
+        yield Batch(batch, *collate(contexts, responses, batch, device), lengths, not index)
 
 
 def plan_microbatches(indices: list[int], lengths: list[int], max_tokens: int, world_size: int):
@@ -828,52 +603,6 @@ def collate(contexts: list[list[int]], responses: list[np.ndarray], batch: list[
     return torch.from_numpy(tokens).to(device), torch.from_numpy(is_response).to(device)
 
 
-class Batch(NamedTuple):
-    """A micro-batch of B samples with n response tokens in all. B is never 0.
-
-    All ranks make equally many. A rank that has no sample left gets a filler: a sample of the step
-    whose every value is 0, so that it adds nothing to the loss.
-    """
-
-    index: list[int]  # which of the step's samples they are
-    tokens: torch.Tensor  # [B, L]
-    is_response: torch.Tensor  # bool [B, L]
-    lengths: torch.Tensor  # [B] response tokens
-    is_filler: bool
-
-    def per_token(self, values: torch.Tensor) -> torch.Tensor:
-        """A value of each of the step's samples [N] at each response token [n]; a filler's is 0."""
-        values = values[self.index].to(self.tokens.device).repeat_interleave(self.lengths)
-        return torch.zeros_like(values) if self.is_filler else values
-
-    def take(self, parts) -> torch.Tensor:
-        """[n] from parts[i], the values [T_i] at the tokens of sample i."""
-        return torch.cat([parts[i] for i in self.index])
-
-
-def split(in_loss: torch.Tensor, num_minibatches: int, step: int) -> list[torch.Tensor]:
-    """Of which samples each mini-batch is, bool [N] each; the same on every rank."""
-    order = torch.randperm(len(in_loss), generator=torch.Generator().manual_seed(step))
-    minibatches = []
-    for part in order.chunk(num_minibatches):
-        chosen = torch.zeros_like(in_loss)
-        chosen[part] = in_loss[part]
-        minibatches.append(chosen)
-    return minibatches
-
-
-def microbatches(chosen: torch.Tensor, contexts, responses, args, device):
-    """This rank's micro-batches of the chosen samples (bool [N]); as many on every rank."""
-    total = [len(x) + len(y) for x, y in zip(contexts, responses)]  # tokens of each sequence
-    indices = chosen.nonzero()[:, 0].tolist()
-    plan = plan_microbatches(indices, total, args.max_tokens_per_microbatch, dist.get_world_size())
-    for index in plan[dist.get_rank()]:
-        filler = [min(indices, key=lambda i: total[i])]
-        batch = index or filler
-        lengths = torch.tensor([len(responses[i]) for i in batch], device=device)
-        yield Batch(batch, *collate(contexts, responses, batch, device), lengths, not index)
-
-
 @torch.no_grad()
 def old_logprobs(policy, minibatches, computed, prefix, contexts, responses, args, device) -> dict:
     """log π(y_t | context, y_<t) before the first update, [T_i] by sample; of this rank's.
@@ -888,108 +617,276 @@ def old_logprobs(policy, minibatches, computed, prefix, contexts, responses, arg
     return found
 
 
-# -------------------------------------------------------------------- canary and gradient alignment
+# -------------------------------------------------------------------- 5. update: loss and optimiser
+
+
+def token_weights(in_loss: torch.Tensor, lengths: torch.Tensor, kind: str, max_length: int):
+    """What a token of each sample weighs in the loss [N]; the sum over the step makes a mean.
+
+    One normaliser for the whole step, so micro-batches and ranks only add up.
+
+    Args:
+        in_loss: bool [N], of the mini-batch; lengths: response tokens [N]; max_length: of a
+            completion, in tokens.
+
+    >>> token_weights(torch.tensor([True, True]), torch.tensor([1, 3]), "token-mean", 8)
+    tensor([0.2500, 0.2500])
+    >>> token_weights(torch.tensor([True, True]), torch.tensor([1, 4]), "seq-mean-token-mean", 8)
+    tensor([0.5000, 0.1250])
+    """
+    n = in_loss.sum().clamp(min=1)
+    if kind == "token-mean":
+        weight = torch.ones_like(lengths) / (lengths * in_loss).sum().clamp(min=1)
+    elif kind == "seq-mean-token-mean":
+        weight = 1 / (n * lengths.clamp(min=1))
+    else:  # seq-mean-token-sum-norm
+        weight = torch.ones_like(lengths) / (n * max_length)
+    return weight * in_loss
+
+
+DUAL_CLIP = 10.0  # bound of the ratio where A < 0 (paper: 10)
+
+
+def clipped_objective(logp, old_logp, A, clip: tuple[float, float]):
+    """PPO's clipped objective per token [n], with clip-higher and dual clip (to be maximised).
+
+    On-policy old_logp = logp: the value is A and the gradient A ∇logp. Dual clip (arXiv 1912.09729)
+    bounds the objective of A < 0 from below by DUAL_CLIP * A.
+
+    >>> logp = torch.tensor([0.5, 0.5, 3.0])
+    >>> clipped_objective(logp, torch.zeros(3), torch.tensor([1.0, -1.0, -1.0]), (0.2, 0.28))
+    tensor([  1.2800,  -1.6487, -10.0000])
+    """
+    ratio = torch.exp(logp - old_logp)
+    clipped = ratio.clamp(1 - clip[0], 1 + clip[1])
+    objective = torch.minimum(ratio * A, clipped * A)
+    return torch.where(A < 0, torch.maximum(objective, DUAL_CLIP * A), objective)
 
 
 @torch.no_grad()
-def canary(policy, prompts: list[list[int]], samples: list[dict], args, device) -> dict:
-    """The canary: up to 4 of the step's samples a rank, scored by the trainer, with the prompt.
+def batch_stats(batch, loss, logp, old_logp, args) -> torch.Tensor:
+    """Of a micro-batch: loss, Σ logp, tokens whose ratio left the clip range, tokens; [4]."""
+    ratio = (logp - old_logp).exp()
+    outside = (ratio < 1 - args.clip[0]) | (ratio > 1 + args.clip[1])
+    stats = torch.stack([loss, logp.sum(), outside.sum(), torch.ones_like(logp).sum()]).cpu()
+    return torch.zeros_like(stats) if batch.is_filler else stats
 
-    Runs before the update: the engine has these very weights, so the gap is rounding only; a large
-    one means that the sync failed.
 
-    Returns:
-        sync/logprob_gap, the mean |trainer's - sampler's log-prob| per token.
+MAX_GRAD_NORM = 1.0  # the paper's
+
+
+def optimizer_step(policy, optimizer) -> float:
+    """Clip the gradients and step, unless they are not finite. Returns their norm before."""
+    norm = clip_gradients(policy, MAX_GRAD_NORM)
+    if math.isfinite(norm):
+        optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+def clip_gradients(policy, max_norm: float) -> float:
+    """Scale the gradients to `max_norm` if their norm is larger. Returns the norm before."""
+    harness.note_memory()
+    if torch.cuda.is_available():
+        # AdamW makes its moments in its first step. In blocks that the backward pass has freed they
+        # would pin these for ever, and the KV cache could not have them.
+        torch.cuda.empty_cache()
+    return torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm).full_tensor().item()
+
+
+def count_skipped(skipped: int, grad_norm: float, folder: Path, step: int, samples, A, say) -> int:
+    """How many updates in a row were skipped because the gradient was not finite.
+
+    Saves the samples of such a step for inspection. The third in a row ends the run.
     """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    stride = max(1, len(samples) // (4 * world_size))
-    responses, batch, width = [s["ids"] for s in samples], [], 0
-    for i in range(rank * stride, len(samples), world_size * stride):
-        width = max(width, len(prompts[i]) + len(responses[i]))
-        if batch and width * (len(batch) + 1) > args.max_tokens_per_microbatch:
-            break
-        batch.append(i)
-    batch = batch[:4]
-    # Of all samples, not of this rank's: a prefix is a forward pass more, on every rank or on none
-    prefix, contexts = split_prefix(prompts, responses, args)
-    logp = policy(*collate(contexts, responses, batch, device), prefix)
-    policy.reshard()  # FSDP's root stays gathered after a forward without backward
-    gap = (logp - sampler_logprobs(samples, batch, device)).abs().cpu()
-    total = torch.tensor([gap.sum(), len(gap)], dtype=torch.float64)
-    dist.all_reduce(total)
-    return {"sync/logprob_gap": (total[0] / total[1].clamp(min=1)).item()}
-
-
-def check_gap(gap: float, args) -> None:
-    """Stop if the engine's log-probs have left the trainer's."""
-    limit = 0.001 if args.dtype == "float32" else 0.1
-    if math.isnan(gap):
+    if math.isfinite(grad_norm):
+        return 0
+    path = folder / "skipped" / f"step_{step:06d}.pt"
+    if dist.get_rank() == 0:
+        path.parent.mkdir(exist_ok=True)
+        torch.save({"samples": samples, "advantages": A}, path)
+    say(f"step {step}: the gradient is not finite, no update is made; samples in {path}")
+    if skipped == 2:
         raise RuntimeError(
-            "sync/logprob_gap is NaN: a weight is not finite. The last checkpoint is sound; a "
-            "smaller --learning-rate may help"
+            f"the gradient was not finite 3 times in a row, last at step {step}: a smaller "
+            "--learning-rate, or float32, may help; the samples are in the folder skipped"
         )
-    if not gap <= limit:
-        raise RuntimeError(
-            f"sync/logprob_gap is {gap:.4g}, over {limit:g}: the engine samples from another "
-            "policy than the trainer's, so this step's update would be wrong"
-        )
+    return skipped + 1
 
 
-def batch_gradient(policy, contexts, responses, weights: list, args, device) -> list:
-    """∇ Σ_i Σ_t weights_it log π(y_it | context_i, y_i<t), without touching the weights.
-
-    Args:
-        weights: of each response's tokens, [T_i]; a response with only zeros is left out.
-
-    Returns:
-        this rank's shard of the gradient of each parameter. Gradients are None afterwards.
-    """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    total = [len(x) + len(y) for x, y in zip(contexts, responses)]
-    active = [i for i, w in enumerate(weights) if w.any()]
-    plan = plan_microbatches(active, total, args.max_tokens_per_microbatch, world_size)
-    for batch in plan[rank]:
-        logp = policy(*collate(contexts, responses, batch, device))
-        w = torch.cat([weights[i] for i in batch] or [logp.new_empty(0)]).to(logp)
-        (world_size * (w * logp).sum()).backward()  # FSDP averages over ranks
-    gradient = []
-    for parameter in policy.parameters():
-        grad = parameter if parameter.grad is None else parameter.grad
-        grad = grad.to_local().detach()
-        gradient.append(torch.zeros_like(grad) if parameter.grad is None else grad)
-        parameter.grad = None
-    return gradient
+# ----------------------------------------------------------------------------------- 6. weight sync
 
 
-def dot(a: list, b: list) -> float:
-    """Inner product of two sharded vectors, over all ranks, in float64."""
-    total = sum((u.double() * v.double()).sum() for u, v in zip(a, b)).cpu()
-    dist.all_reduce(total)
-    return total.item()
-
-
-def cosine(a: list, b: list) -> float:
-    """Of the angle between two sharded vectors; NaN if one is zero."""
-    norms = math.sqrt(dot(a, a) * dot(b, b))
-    return dot(a, b) / norms if norms else float("nan")
-
-
-def alignment(policy, contexts, prompts, responses, weights, rewards, args, device) -> dict:
-    """How far this update points along GRPO's: the cosine of the two batch gradients.
-
-    Args:
-        weights: A [N] of the update in its space, 0 for samples that do not count; rewards: [N].
-    """
-    grpo = advantages(rewards, args.num_generations, "grpo")
-    each = [torch.ones(len(y)) for y in responses]
-    own, other = (
-        batch_gradient(policy, x, responses, [a * e for a, e in zip(A, each)], args, device)
-        for x, A in ((contexts, weights), (prompts, grpo))
+def sync_weights(engine, policy) -> None:
+    """Send the trainer's weights to the engine: one parameter at a time is gathered and sent."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # offloaded shards travel by the GPU
+    dtype = engine.llm_engine.model_config.dtype
+    weights = (  # cast first: half the bytes travel
+        (name, parameter.detach().to(device).to(dtype).full_tensor())
+        for name, parameter in policy.lm.named_parameters()
     )
-    return {"alignment/cosine_to_grpo": cosine(own, other)}
+    send_weights(engine, weights, policy.vocab_size, policy.lm.config)
 
 
-# --------------------------------------------------------------------------------------- evaluation
+def read_weights(path: str, config):
+    """(name, tensor) of each weight of a checkpoint that the model has."""
+    from safetensors import safe_open
+
+    used = {name for name, _ in models.meta_model(config).named_parameters()}
+    for file in models.weight_files(path):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():
+                if name in used:
+                    yield name, tensors.get_tensor(name)
+
+
+def send_weights(engine, weights, vocab_size: int, config) -> dict[str, int]:
+    """Replace the engine's weights by `weights`, an iterator of (name, whole tensor).
+
+    Returns:
+        the bit sums of what was sent, for check_weights().
+    """
+    wake(engine, "weights")
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # adding up is slow on a CPU
+    dtype, sums = engine.llm_engine.model_config.dtype, {}
+    copied = config.tie_word_embeddings and has_head(engine)
+
+    def adapted():  # to the engine's dtype, untied head and unpadded vocabulary
+        for name, weight in weights:
+            weight = weight.to(device, dtype)
+            if name.endswith(VOCABULARY):
+                weight = weight[:vocab_size]
+            if config.tie_word_embeddings and name == "lm_head.weight":
+                continue
+            names = [name]
+            if copied and name.endswith("embed_tokens.weight"):
+                names.append("lm_head.weight")
+            for name in names:
+                add_bits(sums, name, bits(weight) * copies(name, config, engine))
+                yield name, weight
+
+    engine.collective_rpc("reload_weights", kwargs={"weights_iterator": adapted()})
+    engine.reset_prefix_cache()
+    return to_integers(sums)
+
+
+VOCABULARY = ("embed_tokens.weight", "lm_head.weight", "lm_head.bias")  # a row each token
+
+
+def has_head(engine) -> bool:
+    """Has the engine's model a head? vLLM's Gemma 2 and Cohere use the embeddings instead."""
+    return engine.collective_rpc(lambda worker: hasattr(worker.get_model(), "lm_head"))[0]
+
+
+def ranks_per_engine(engine) -> int:
+    return engine.llm_engine.vllm_config.parallel_config.tensor_parallel_size
+
+
+# Of matrices that are cut by rows: each rank has the whole bias. The last three: Phi-2, StarCoder 2
+ROW_BIASES = ("o_proj.bias", "down_proj.bias", "dense.bias", "fc2.bias", "c_proj.bias")
+
+
+def copies(name: str, config, engine) -> int:
+    """How many ranks of a tensor-parallel engine hold each element of a parameter."""
+    tp = ranks_per_engine(engine)
+    if "norm" in name or name.endswith(ROW_BIASES):
+        return tp
+    if "k_proj" in name or "v_proj" in name:
+        return max(1, tp // config.num_key_value_heads)
+    return 1
+
+
+def check_sync(engine, policy) -> None:
+    """Exact: does every engine hold the very bits of the policy's weights, cast to its dtype?
+
+    Raises:
+        RuntimeError, on every rank, with the layers that differ.
+    """
+    check_weights(engine, policy_bits(engine, policy))
+
+
+def check_weights(engine, expected: dict[str, int]) -> None:
+    """Compare each engine's bit sums, added over its ranks, with the expected ones."""
+    wake(engine, "weights")
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, engine.collective_rpc(engine_bits)[0])
+    tp, wrong = ranks_per_engine(engine), set()
+    for first in range(0, len(parts), tp):
+        for group in {*expected, *parts[first]}:
+            held = sum(part.get(group, 0) for part in parts[first : first + tp]) % 2**64
+            if held != expected.get(group):
+                wrong.add(group)
+    if wrong:
+        names = sorted(wrong)
+        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        raise RuntimeError(
+            f"the engine's weights are not the policy's ({shown}): it would sample from another "
+            "model. The weight sync is broken, or vLLM stores this model's weights in another form"
+        )
+
+
+@torch.no_grad()
+def policy_bits(engine, policy) -> dict[str, int]:
+    """Bit sums that the engine's weights must have, from the ranks' own shards of the policy's."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config, dtype, sums = policy.lm.config, engine.llm_engine.model_config.dtype, {}
+    copied = config.tie_word_embeddings and has_head(engine)
+    for name, parameter in policy.lm.named_parameters():
+        weight = parameter.to_local().to(device).to(dtype)
+        if name.endswith(VOCABULARY):
+            first = rank * math.ceil(len(parameter) / world_size)  # row of this rank's shard
+            weight = weight[: max(0, policy.vocab_size - first)]
+        value = bits(weight) * copies(name, config, engine)
+        add_bits(sums, name, value)
+        if copied and name.endswith("embed_tokens.weight"):
+            add_bits(sums, "lm_head.weight", value)
+    parts = [None] * world_size
+    dist.all_gather_object(parts, to_integers(sums))
+    return {group: sum(part[group] for part in parts) % 2**64 for group in parts[0]}
+
+
+def engine_bits(worker) -> dict[str, int]:
+    """Bit sums of the weights that this rank's part of the engine holds; called by vLLM."""
+    sums = {}
+    for prefix, module in worker.get_model().named_modules():
+        for name, weight in module.named_parameters(recurse=False):
+            if weight.numel() == 0:  # see workarounds.remember_packed_weights()
+                value = module.packed_bits
+            else:
+                if hasattr(module, "shard_indices"):  # of embedding and head: rows that only pad
+                    weight = weight[: module.shard_indices.num_org_elements]
+                value = bits(weight.to(worker.model_config.dtype))  # a CPU's bias may be float32
+            add_bits(sums, f"{prefix}.{name}", value)
+    return to_integers(sums)
+
+
+def bits(weight: torch.Tensor) -> torch.Tensor:
+    """Σ of the elements' bit patterns as integers, modulo 2^64.
+
+    Packing, order, sharding and padding with zeros do not change it; one other element does.
+
+    >>> bits(torch.tensor([1.0, -2.0, 0.0])), bits(torch.tensor([[-2.0], [1.0]]))
+    (tensor(-8388608), tensor(-8388608))
+    """
+    integers = {2: torch.int16, 4: torch.int32}[weight.itemsize]
+    return weight.detach().contiguous().view(integers).sum(dtype=torch.int64)
+
+
+def add_bits(sums: dict, name: str, value: torch.Tensor) -> None:
+    """Add a weight's bits to its group's: a layer, or a name such as embed_tokens."""
+    layer = re.search(r"layers\.\d+", name)
+    group = layer[0] if layer else name.split(".")[-2]
+    sums[group] = sums.get(group, 0) + value
+
+
+def to_integers(sums: dict[str, torch.Tensor]) -> dict[str, int]:
+    """Tensors to numbers in [0, 2^64), in one transfer."""
+    values = torch.stack(list(sums.values())).tolist() if sums else []
+    return {group: value % 2**64 for group, value in zip(sums, values)}
+
+
+# ------------------------------------------------------------------------------------ 7. evaluation
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:

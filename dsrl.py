@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 import common
+import grad_alignment
 import grading
 import harness
 import inputs
@@ -26,23 +27,21 @@ import inputs
 
 @dataclass
 class Args:
-    # Run
-    preset: Literal["paper", "lab", "smollm"] = "paper"
-    """set of defaults: the paper's Qwen3-4B setting, or one for a laptop; explicit flags beat it"""
+    # Model and data
     model: str = "Qwen/Qwen3-4B"
     """hub id, local folder, or bare name of a known family (Qwen2.5-Math-7B)
     (paper: Qwen3-4B and 8B)"""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """of compute and of the engine; master weights are always float32"""
     dataset: str = "math"
     """math, lab, arithmetic, a hub id, or a local .parquet or .jsonl file (paper: math)"""
     eval_datasets: tuple[str, ...] = ("aime24", "aime25", "amc23")
     """held-out problems, named as --dataset or aime24, aime25, amc23, math500, minerva,
     olympiadbench (paper: all six)"""
-    output_dir: str = ""
-    """folder of the run; default runs/SCRIPT__MODEL__DATASET__sSEED__TIME"""
+    eval_num_samples: int = 8
+    """k of avg@k and pass@k, samples per problem (paper: 32)"""
     seed: int = 1
     """of data order and sampling"""
-    num_steps: int = 348
-    """rollout and update steps (paper: 348, 6 epochs of MATH)"""
 
     # Rollout
     num_prompts: int = 128
@@ -51,8 +50,6 @@ class Args:
     """responses per problem, the group size G (paper: 8)"""
     system_prompt: str = "Please reason step by step, and put your final answer within \\boxed{}."
     """put before every problem; empty for none (the default is the paper's)"""
-    max_prompt_length: int = 1024
-    """tokens; longer prompts are left out (paper: 1024)"""
     max_completion_length: int = 8192
     """tokens; cut to the model's context (paper: 8192)"""
     temperature: float = 1.0
@@ -64,18 +61,15 @@ class Args:
     # Method
     warmup_steps: int = 20
     """S, steps of NSR-PreRL before RL (paper: 20; 10 to 25 is the good range)"""
-    warmup_space: Literal["pretrain", "posttrain"] = "pretrain"
-    """likelihood of the warm-up: log π(y|BOS), or log π(y|x) as an ablation"""
     advantage: Literal["grpo", "mean", "rloo", "reinforce++", "sign"] = "grpo"
     """grpo: (r - group mean) / (group std + 1e-6); mean: r - group mean; rloo: r - mean of the
     others in the group; reinforce++: (r - mean) / (std + 1e-6) of the batch; sign: 1 if correct, -1
     if not (paper: grpo given x, mean given BOS)"""
     bos_token: str = ""
     """the pre-train space's context; default the tokenizer's BOS, else <|im_start|>"""
-    positive_weight: float = 1.0
-    """factor of samples with A > 0, where they are in the loss; 0 leaves them out (paper: 1)"""
-    negative_weight: float = 1.0
-    """factor of samples with A < 0, where they are in the loss; 0 leaves them out (paper: 1)"""
+    sign_weights: tuple[float, float] = (1.0, 1.0)
+    """factors of samples with A > 0 and with A < 0, where they are in the loss; 0 leaves them out
+    (paper: 1 1)"""
     loss_aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"] = (
         "token-mean"
     )
@@ -83,10 +77,9 @@ class Args:
     num_minibatches: int = 1
     """optimiser updates per step; clipping and old log-probs only act when more than 1
     (paper: 1)"""
-    clip_low: float = 0.2
-    """ratio is clipped below 1 - this (paper: 0.2)"""
-    clip_high: float = 0.2
-    """ratio is clipped above 1 + this (paper: GRPO 0.28, else 0.2)"""
+    clip: tuple[float, float] = (0.2, 0.2)
+    """ratio is clipped below 1 - the first and above 1 + the second (paper: GRPO 0.2 0.28, else
+    0.2 0.2)"""
     tis_cap: float = 0.0
     """cap of the truncated importance weight trainer / sampler, phase rl only; 0 = off"""
 
@@ -96,30 +89,32 @@ class Args:
     weight_decay: float = 0.01
     """AdamW's, decoupled (paper: 0.01)"""
 
-    # Evaluation and output
-    eval_every: int = 20
-    """steps; also before the first and after the last; 0 = never (paper: 5, later 25)"""
-    eval_num_samples: int = 8
-    """k of avg@k and pass@k, samples per problem (paper: 32)"""
-    alignment_every: int = 0
-    """steps between measurements of the update's cosine with GRPO's; 0 = never"""
+    # Run (--resume may change these)
+    preset: Literal["paper", "lab", "smollm"] = "paper"
+    """set of defaults: the paper's Qwen3-4B setting, or one for a laptop; explicit flags beat it"""
+    num_steps: int = 348
+    """rollout and update steps (paper: 348, 6 epochs of MATH)"""
+    output_dir: str = ""
+    """folder of the run; default runs/SCRIPT__MODEL__DATASET__sSEED__TIME"""
+    resume: str = ""
+    """path of a checkpoint, or auto: the latest in --output-dir"""
     save_every: int = 50
     """steps between checkpoints for --resume, and between saved completions; 0 = never
     (paper: 50)"""
-    resume: str = ""
-    """path of a checkpoint, or auto: the latest in --output-dir"""
+    eval_every: int = 20
+    """steps; also before the first and after the last; 0 = never (paper: 5, later 25)"""
+    alignment_every: int = 0
+    """steps between measurements of the update's cosine with GRPO's; 0 = never"""
     track: Literal["none", "wandb", "trackio"] = "none"
     """service to log to, beside metrics.jsonl and TensorBoard"""
 
-    # Machine
+    # Machine (--resume may change these)
     num_processes: int = 0
     """0 = one per GPU, or one on a CPU"""
     tensor_parallel_size: int = 1
     """ranks per vLLM engine (paper: 2)"""
     gpu_memory_utilization: float = 0.6
     """share of a GPU's memory for vLLM during rollouts (paper: 0.6)"""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """of compute and of the engine; master weights are always float32"""
     max_tokens_per_microbatch: int = 16384
     """tokens in one forward pass, padding included (paper: 10240 without padding)"""
     gradient_checkpointing: bool = True
@@ -138,12 +133,12 @@ def main(args: Args) -> None:
     bos = inputs.find_bos(tokenizer, args.bos_token)
     vocab_size = inputs.num_tokens(tokenizer, config)
     stop = inputs.find_stop_tokens(path, tokenizer, vocab_size)
-    inputs.fit_context(args, config)
     train = inputs.encode_prompts(train, tokenizer, args)
     evals = {name: inputs.encode_prompts(e, tokenizer, args) for name, e in evals.items()}
     verifier = grading.start_verifier()
     train = inputs.check_references(args.dataset, train, verifier, args, args.num_prompts)
     evals = {name: inputs.check_references(name, e, verifier, args) for name, e in evals.items()}
+    inputs.fit_context([train, *evals.values()], config, args)
     folder = harness.make_output_dir(args)
     harness.check_disk(folder, path, args)
     checkpoint = harness.find_checkpoint(folder, args)
@@ -191,7 +186,7 @@ def main(args: Args) -> None:
 
         # The canary: does the engine sample from the trainer's policy?
         measured = common.canary(policy, prompts, samples, args, device)
-        common.check_gap(measured["sync/logprob_gap"], args)
+        common.check_canary(measured["sync/logprob_gap"], args)
         clock.lap("time/canary")
 
         # 3. Advantage A [N]: equation (1)
@@ -200,15 +195,14 @@ def main(args: Args) -> None:
 
         # 4. Equation (2): which samples are in the loss, in which space. Only here methods differ
         in_loss = (A < 0) | (not warmup)  # [N], 1[s > S or A < 0]
-        drop_x = warmup and args.warmup_space == "pretrain"
-        contexts = [[bos]] * len(prompts) if drop_x else prompts  # x^{1[s>S]}
+        contexts = [[bos]] * len(prompts) if warmup else prompts  # x^{1[s>S]}
         phase = "pretrain" if warmup else "rl"
 
-        weight = common.sign_weights(A, args.positive_weight, args.negative_weight)  # [N]
+        weight = common.sign_weights(A, args.sign_weights)  # [N]
         in_loss &= weight != 0
         A = weight * A
         if args.alignment_every and step % args.alignment_every == 0:
-            measured |= common.alignment(
+            measured |= grad_alignment.alignment(
                 policy, contexts, prompts, responses, A * in_loss, rewards, args, device
             )
 
@@ -228,9 +222,8 @@ def main(args: Args) -> None:
             for batch in common.microbatches(chosen & computed, *work):
                 logp = policy(batch.tokens, batch.is_response, prefix)  # [n] log π(y_t | ·, y_<t)
                 old_logp = batch.take(old_logps) if old_logps else logp.detach()  # [n]
-                objective = common.clipped_objective(  # [n] on-policy: ratio 1, gradient A ∇log π
-                    logp, old_logp, batch.per_token(A), args.clip_low, args.clip_high
-                )
+                # [n]. On-policy the ratio is 1, so the gradient is A ∇log π
+                objective = common.clipped_objective(logp, old_logp, batch.per_token(A), args.clip)
                 if args.tis_cap and phase == "rl":  # E_sampler -> E_trainer, truncated
                     sampler = common.sampler_logprobs(samples, batch.index, device)
                     objective = objective * (old_logp - sampler).exp().clamp(max=args.tis_cap)

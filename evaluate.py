@@ -26,25 +26,21 @@ import thoughts
 
 @dataclass
 class Args:
-    preset: Literal["paper", "lab", "smollm"] = "paper"
-    """set of defaults, as in training: model, data sets, lengths, system prompt, dtype"""
+    # Model and data
     model: str = "Qwen/Qwen3-4B"
     """local folder (RUN/model), hub id, or bare name of a known family"""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """of the engine"""
     datasets: tuple[str, ...] = ("aime24", "aime25", "amc23", "math500", "minerva", "olympiadbench")
     """these names, lab, arithmetic, hub ids, or local .parquet or .jsonl files"""
     num_samples: int = 32
     """k of avg@k; responses per problem (paper: 32)"""
-    output_dir: str = ""
-    """folder; default runs/evaluate__MODEL__DATASETS__sSEED__TIME"""
-    resume: bool = False
-    """go on with the evaluation in --output-dir: finished problems are not generated again"""
     seed: int = 1
     """of sampling"""
 
+    # Rollout
     system_prompt: str = "Please reason step by step, and put your final answer within \\boxed{}."
     """put before every problem; empty for none"""
-    max_prompt_length: int = 1024
-    """tokens; longer prompts are left out"""
     max_completion_length: int = 8192
     """tokens; cut to the model's context"""
     temperature: float = 1.0
@@ -54,14 +50,21 @@ class Args:
     grader: Literal["math-verify", "boxed-string"] = "math-verify"
     """rules for spelling and then math-verify's algebra, or the authors' comparison of strings"""
 
+    # Run (--resume may change these)
+    preset: Literal["paper", "lab", "smollm"] = "paper"
+    """set of defaults, as in training: model, data sets, lengths, system prompt, dtype"""
+    output_dir: str = ""
+    """folder; default runs/evaluate__MODEL__DATASETS__sSEED__TIME"""
+    resume: bool = False
+    """go on with the evaluation in --output-dir: finished problems are not generated again"""
+
+    # Machine (--resume may change these)
     num_processes: int = 0
     """0 = one per GPU, or one on a CPU"""
     tensor_parallel_size: int = 1
     """ranks per vLLM engine; the engines share the problems"""
     gpu_memory_utilization: float = 0.9
     """share of a GPU's memory for vLLM"""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """of the engine"""
 
 
 def main(args: Args) -> None:
@@ -71,10 +74,10 @@ def main(args: Args) -> None:
     problems = {name: inputs.load_problems(name, "test") for name in args.datasets}
     vocab_size = inputs.num_tokens(tokenizer, config)
     stop = inputs.find_stop_tokens(path, tokenizer, vocab_size)
-    inputs.fit_context(args, config)
     problems = {n: inputs.encode_prompts(p, tokenizer, args) for n, p in problems.items()}
     verifier = grading.start_verifier()
     problems = {n: inputs.check_references(n, p, verifier, args) for n, p in problems.items()}
+    inputs.fit_context(list(problems.values()), config, args)
     folder = harness.make_output_dir(args)
     say = harness.quiet(folder)
     say(f"{args.model} on {world_size} ranks, output in {folder}")

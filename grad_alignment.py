@@ -19,14 +19,13 @@ memory, not its time.
 
 import html
 import json
+import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import torch
 import torch.distributed as dist
 
@@ -38,35 +37,23 @@ import inputs
 
 @dataclass
 class Args:
-    preset: Literal["paper", "lab", "smollm"] = "paper"
-    """set of defaults, as in training"""
+    # Model and data
     model: str = "Qwen/Qwen3-4B"
     """hub id, local folder, or bare name of a known family"""
+    dtype: Literal["bfloat16", "float32", "float64"] = "float32"
+    """of the gradients (the engine samples in float32 at most)"""
     dataset: str = "amc23"
     """problems, named as in training (paper: AMC 2023)"""
+    seed: int = 1
+    """of sampling"""
+
+    # Rollout
     num_rollouts: int = 400
     """responses in all (paper: 400)"""
     num_generations: int = 10
     """responses per problem (group size G)"""
-    num_finite_steps: int = 20
-    """rollouts for which the step θ + η g₁ is really made"""
-    finite_step: float = 1e-3
-    """what that step adds to mean_t log π(y_t | BOS, y_<t), nats"""
-    num_tokens: int = 200
-    """tokens whose own two gradients are compared"""
-    num_pages: int = 10
-    """responses in tokens.html"""
-    output_dir: str = ""
-    """folder; default runs/grad_alignment__MODEL__DATASET__sSEED__TIME"""
-    seed: int = 1
-    """of sampling"""
-
     system_prompt: str = "Please reason step by step, and put your final answer within \\boxed{}."
     """put before every problem; empty for none"""
-    bos_token: str = ""
-    """the pre-train space's context; default the tokenizer's BOS, else <|im_start|>"""
-    max_prompt_length: int = 1024
-    """tokens; longer prompts are left out"""
     max_completion_length: int = 8192
     """tokens; cut to the model's context"""
     temperature: float = 1.0
@@ -74,14 +61,31 @@ class Args:
     grader: Literal["math-verify", "boxed-string"] = "math-verify"
     """rules for spelling and then math-verify's algebra, or the authors' comparison of strings"""
 
+    # Measurement
+    bos_token: str = ""
+    """the pre-train space's context; default the tokenizer's BOS, else <|im_start|>"""
+    num_finite_steps: int = 20
+    """rollouts for which the step θ + η g₁ is really made"""
+    finite_step: float = 1e-3
+    """what that step adds to mean_t log π(y_t | BOS, y_<t), nats"""
+    num_tokens: int = 200
+    """tokens whose own two gradients are compared"""
+
+    # Run
+    preset: Literal["paper", "lab", "smollm"] = "paper"
+    """set of defaults, as in training"""
+    output_dir: str = ""
+    """folder; default runs/grad_alignment__MODEL__DATASET__sSEED__TIME"""
+    num_pages: int = 10
+    """responses in tokens.html"""
+
+    # Machine
     num_processes: int = 0
     """0 = one per GPU, or one on a CPU"""
     tensor_parallel_size: int = 1
     """ranks per vLLM engine"""
     gpu_memory_utilization: float = 0.4
     """share of a GPU's memory for vLLM"""
-    dtype: Literal["bfloat16", "float32", "float64"] = "float32"
-    """of the gradients (the engine samples in float32 at most)"""
     max_tokens_per_microbatch: int = 16384
     """padded tokens in one forward pass"""
     gradient_checkpointing: bool = True
@@ -98,13 +102,13 @@ def main(args: Args) -> None:
     bos = inputs.find_bos(tokenizer, args.bos_token)
     vocab_size = inputs.num_tokens(tokenizer, config)
     stop = inputs.find_stop_tokens(path, tokenizer, vocab_size)
-    inputs.fit_context(args, config)
     problems = inputs.encode_prompts(problems, tokenizer, args)
     wanted = max(1, args.num_rollouts // args.num_generations)
     if wanted < len(problems):
         problems = random.Random(args.seed).sample(problems, wanted)
     verifier = grading.start_verifier()
     problems = inputs.check_references(args.dataset, problems, verifier, args)
+    inputs.fit_context([problems], config, args)
     folder = harness.make_output_dir(args)
     say = harness.quiet(folder)
     say(f"{args.model}: {len(problems)} problems x {args.num_generations}, output in {folder}")
@@ -134,6 +138,8 @@ def main(args: Args) -> None:
     result["summary"] = summary(result["rollouts"])
     if rank == 0:
         (folder / "alignment.json").write_text(json.dumps(result, indent=1) + "\n")
+        import pyarrow.parquet  # here: the training scripts, which import this file, start faster
+
         rows = [
             dict(prompt_ids=x, response_ids=y.tolist(), response=s["text"], reward=s["reward"])
             for x, y, s in zip(prompts, responses, samples)
@@ -151,6 +157,66 @@ def main(args: Args) -> None:
         say(report(result))
         say(f"alignment.json, alignment.png and tokens.html are in {folder}")
     harness.shutdown(engine)
+
+
+# ---------------------------------------------------------------------------------------- gradients
+
+
+def batch_gradient(policy, contexts, responses, weights: list, args, device) -> list:
+    """∇ Σ_i Σ_t weights_it log π(y_it | context_i, y_i<t), without touching the weights.
+
+    Args:
+        weights: of each response's tokens, [T_i]; a response with only zeros is left out.
+
+    Returns:
+        this rank's shard of the gradient of each parameter. Gradients are None afterwards.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    total = [len(x) + len(y) for x, y in zip(contexts, responses)]
+    active = [i for i, w in enumerate(weights) if w.any()]
+    plan = common.plan_microbatches(active, total, args.max_tokens_per_microbatch, world_size)
+    for batch in plan[rank]:
+        logp = policy(*common.collate(contexts, responses, batch, device))
+        w = torch.cat([weights[i] for i in batch] or [logp.new_empty(0)]).to(logp)
+        (world_size * (w * logp).sum()).backward()  # FSDP averages over ranks
+    gradient = []
+    for parameter in policy.parameters():
+        grad = parameter if parameter.grad is None else parameter.grad
+        grad = grad.to_local().detach()
+        gradient.append(torch.zeros_like(grad) if parameter.grad is None else grad)
+        parameter.grad = None
+    return gradient
+
+
+def dot(a: list, b: list) -> float:
+    """Inner product of two sharded vectors, over all ranks, in float64."""
+    total = sum((u.double() * v.double()).sum() for u, v in zip(a, b)).cpu()
+    dist.all_reduce(total)
+    return total.item()
+
+
+def cosine(a: list, b: list) -> float:
+    """Of the angle between two sharded vectors; NaN if one is zero."""
+    norms = math.sqrt(dot(a, a) * dot(b, b))
+    return dot(a, b) / norms if norms else float("nan")
+
+
+def alignment(policy, contexts, prompts, responses, weights, rewards, args, device) -> dict:
+    """How far this update points along GRPO's: the cosine of the two batch gradients.
+
+    Args:
+        weights: A [N] of the update in its space, 0 for samples that do not count; rewards: [N].
+    """
+    grpo = common.advantages(rewards, args.num_generations, "grpo")
+    each = [torch.ones(len(y)) for y in responses]
+    own, other = (
+        batch_gradient(policy, x, responses, [a * e for a, e in zip(A, each)], args, device)
+        for x, A in ((contexts, weights), (prompts, grpo))
+    )
+    return {"alignment/cosine_to_grpo": cosine(own, other)}
+
+
+# ---------------------------------------------------------------------------------- the measurement
 
 
 @torch.no_grad()
@@ -186,11 +252,11 @@ def compare_rollouts(policy, prompts, responses, rewards, bos, logps, args, devi
     for i, y in enumerate(responses):
         mean = [torch.full((len(y),), 1 / len(y), dtype=torch.float64)]
         g = {
-            space: common.batch_gradient(policy, [x], [y], mean, args, device)
+            space: batch_gradient(policy, [x], [y], mean, args, device)
             for space, x in (("bos", [bos]), ("x", prompts[i]))
         }
-        inner = common.dot(g["bos"], g["x"])
-        norms = {space: common.dot(gradient, gradient) ** 0.5 for space, gradient in g.items()}
+        inner = dot(g["bos"], g["x"])
+        norms = {space: dot(gradient, gradient) ** 0.5 for space, gradient in g.items()}
         rollouts.append(
             {
                 "reward": rewards[i].item(),
@@ -220,7 +286,7 @@ def compare_rollouts(policy, prompts, responses, rewards, bos, logps, args, devi
         if (i + 1) % 50 == 0:
             say(f"{i + 1} of {len(responses)} rollouts")
     cosines = {
-        name: common.cosine(summed[name], summed["GRPO"])
+        name: cosine(summed[name], summed["GRPO"])
         for name in updates
         if name != "GRPO" and summed[name] and summed["GRPO"]
     }
@@ -235,17 +301,17 @@ def compare_tokens(policy, prompts, responses, bos, logps, args, device) -> list
         t = rng.randrange(len(responses[i]))
         y = [responses[i][: t + 1]]  # what comes later plays no part
         only = [torch.eye(t + 1, dtype=torch.float64)[t]]
-        g1 = common.batch_gradient(policy, [[bos]], y, only, args, device)
-        g2 = common.batch_gradient(policy, [prompts[i]], y, only, args, device)
+        g1 = batch_gradient(policy, [[bos]], y, only, args, device)
+        g2 = batch_gradient(policy, [prompts[i]], y, only, args, device)
         rows.append(
             {
                 "rollout": i,
                 "position": t,
                 "prob_bos": float(np.exp(logps["bos"][i][t])),
                 "prob_x": float(np.exp(logps["x"][i][t])),
-                "cosine": common.cosine(g1, g2),
-                "norm_bos": common.dot(g1, g1) ** 0.5,
-                "norm_x": common.dot(g2, g2) ** 0.5,
+                "cosine": cosine(g1, g2),
+                "norm_bos": dot(g1, g1) ** 0.5,
+                "norm_x": dot(g2, g2) ** 0.5,
             }
         )
     return rows

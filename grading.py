@@ -1,7 +1,9 @@
 r"""Is an answer correct? The last \boxed{} of a response against the reference answer.
 
-Judging runs in worker processes: algebra on hostile answers may hang, eat memory or crash, and none
-of this may reach the run. A worker past its deadline is killed and replaced, the answer scores 0.
+To verify a response is to give it its reward. The grader (--grader) is the rule that decides. The
+verifier is the worker processes in which it runs: algebra on hostile answers may hang, eat memory
+or crash, and none of this may reach the run. A worker past its deadline is killed and replaced,
+the answer scores 0.
 """
 
 import multiprocessing
@@ -9,7 +11,6 @@ import os
 import re
 import resource
 import signal
-import sys
 from pathlib import Path
 
 import answers
@@ -58,32 +59,33 @@ def start_worker() -> None:
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # judge's timer: it ends the process
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # verify_answer's timer: it ends the process
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
 
 
 def start_verifier():
-    """Processes that judge answers; one that passes its deadline is killed and replaced."""
+    """Processes that verify answers; one that passes its deadline is killed and replaced."""
     from pebble import ProcessPool
+
+    import workarounds  # not by the workers, which need no torch
 
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     workers = max(1, min(8, len(os.sched_getaffinity(0)) // local))
     # Forked from a clean server: never from this process with its engine and threads.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["grading", "algebra"])
-    # A worker imports its parent's main module, the script with its torch, unless told another.
-    sys.modules["__main__"].__spec__ = sys.modules[__name__].__spec__
-    pool = ProcessPool(max_workers=workers, context=context, initializer=start_worker)
-    pool.schedule(math_verify_equal, args=("x", "x+1")).result()
-    return pool
+    workarounds.workers_import("grading")
+    verifier = ProcessPool(max_workers=workers, context=context, initializer=start_worker)
+    verifier.schedule(math_verify_equal, args=("x", "x+1")).result()
+    return verifier
 
 
-def judge(answer: str, reference: str, seconds: float) -> bool:
-    """One verdict. The kernel kills this worker when it has computed for `seconds`.
+def verify_answer(answer: str, reference: str, seconds: float) -> bool:
+    """math_verify_equal(). The kernel kills this worker when it has computed for `seconds`.
 
-    It counts the process's own time, so that the verdict does not depend on what else the machine
+    It counts the process's own time, so that the reward does not depend on what else the machine
     does. A signal with Python's handler would wait for the end of a long multiplication.
     """
     signal.setitimer(signal.ITIMER_PROF, seconds)
@@ -94,7 +96,7 @@ def judge(answer: str, reference: str, seconds: float) -> bool:
 
 
 def math_verify_equal(answer: str, reference: str) -> bool:
-    """Does an answer say the same as the reference? Runs in a verifier process.
+    """Does an answer say the same as the reference? Runs in a worker.
 
     The outer shape (list, interval, unit, base, ...) is read by the rules of answers.py. Plain
     expressions inside it are compared by math-verify (algebra.py).
@@ -104,49 +106,49 @@ def math_verify_equal(answer: str, reference: str) -> bool:
     return answers.equal(answer, reference, same_expression)
 
 
-def submit(pool, function, *words: str):
-    """A verdict to come, within TIMEOUT seconds of the worker's CPU time."""
-    return pool.schedule(function, args=(*words, TIMEOUT), timeout=WAIT + WAIT * TIMEOUT)
+def submit(verifier, function, *words: str):
+    """A result to come, within TIMEOUT seconds of the worker's CPU time."""
+    return verifier.schedule(function, args=(*words, TIMEOUT), timeout=WAIT + WAIT * TIMEOUT)
 
 
 def out_of_time(error: Exception) -> bool:
-    """Was the worker ended by its timer or, as a last resort, by the pool's?"""
+    """Was the worker ended by its timer or, as a last resort, by the pool's own?"""
     return isinstance(error, TimeoutError) or getattr(error, "exitcode", 0) == -signal.SIGPROF
 
 
-def verify(pool, texts: list[str], references: list[str], args) -> tuple[list[float], int, int]:
+def verify(verifier, texts: list[str], references: list[str], args) -> tuple[list[float], int, int]:
     r"""Reward r ∈ {0, 1} of each response, with the numbers of time-outs and errors.
 
-    Only the content of the last \boxed{} is judged. Equal strings and equal integers need no
-    algebra; the others go to the pool, each distinct pair once.
+    Only the content of the last \boxed{} counts. Equal strings and equal integers need no algebra;
+    the others go to the verifier, each distinct pair once.
     """
     pairs = [(last_boxed(text), reference.strip()) for text, reference in zip(texts, references)]
-    verdicts, futures = {}, {}
+    correct, futures = {}, {}
     for answer, reference in set(pairs):
         if not answer or len(answer) > LONGEST:
-            verdicts[answer, reference] = False
+            correct[answer, reference] = False
         elif args.grader == "boxed-string":
             wanted = [answers.bare_string(one) for one in answers.references(reference)]
-            verdicts[answer, reference] = answers.bare_string(answer) in wanted
+            correct[answer, reference] = answers.bare_string(answer) in wanted
         elif answer == reference:
-            verdicts[answer, reference] = True
+            correct[answer, reference] = True
         elif INTEGER.fullmatch(answer) and INTEGER.fullmatch(reference):
-            verdicts[answer, reference] = int(answer) == int(reference)
+            correct[answer, reference] = int(answer) == int(reference)
         else:
-            futures[answer, reference] = submit(pool, judge, answer, reference)
+            futures[answer, reference] = submit(verifier, verify_answer, answer, reference)
     timeouts = errors = 0
     for pair, future in futures.items():
-        verdicts[pair] = False
+        correct[pair] = False
         try:
-            verdicts[pair] = future.result()
+            correct[pair] = future.result()
         except Exception as error:
             timeouts += out_of_time(error)
             errors += not out_of_time(error)
-    return [float(verdicts[pair]) for pair in pairs], timeouts, errors
+    return [float(correct[pair]) for pair in pairs], timeouts, errors
 
 
-def judge_reference(reference: str, seconds: float) -> bool:
-    """Does a usual form of a reference answer meet it? Runs in a verifier process, as judge."""
+def verify_reference(reference: str, seconds: float) -> bool:
+    """Does a usual form of a reference answer meet it? Runs in a worker, as verify_answer."""
     from algebra import same_value
 
     signal.setitimer(signal.ITIMER_PROF, seconds)
@@ -156,15 +158,15 @@ def judge_reference(reference: str, seconds: float) -> bool:
         signal.setitimer(signal.ITIMER_PROF, 0)
 
 
-def bad_references(pool, references: list[str], args) -> list[int]:
+def bad_references(verifier, references: list[str], args) -> list[int]:
     """Indices of the reference answers that no usual form of themselves meets.
 
-    Each is written again as a model would write it, and that is judged against it: a reference
+    Each is written again as a model would write it, and that is verified against it: a reference
     that is broken equals itself as a string, but no answer. With --grader boxed-string only empty
     ones are bad.
     """
     futures = {
-        reference: submit(pool, judge_reference, reference)
+        reference: submit(verifier, verify_reference, reference)
         for reference in {reference.strip() for reference in references}
         if args.grader == "math-verify" and reference and not INTEGER.fullmatch(reference)
     }

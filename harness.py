@@ -3,8 +3,6 @@
 Small, independent functions, used by all programs; a reader of the algorithms can skip them.
 """
 
-import ast
-import atexit
 import ctypes
 import dataclasses
 import datetime
@@ -30,6 +28,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+import flags
 import workarounds
 
 HERE = Path(__file__).resolve().parent
@@ -49,7 +48,6 @@ PRESETS = {
         num_steps=60,
         num_prompts=16,
         num_generations=8,
-        max_prompt_length=16,
         max_completion_length=192,
         learning_rate=3e-4,
         weight_decay=0.0,
@@ -70,7 +68,6 @@ PRESETS = {
         num_steps=20,
         num_prompts=8,
         num_generations=8,
-        max_prompt_length=384,
         max_completion_length=64,
         learning_rate=3e-6,
         weight_decay=0.0,
@@ -106,25 +103,6 @@ def announce(message: str) -> None:
         print(message, flush=True)
 
 
-def read_flags(source: str) -> list[tuple[str, str, str, str]]:
-    """Section, field, type and meaning of each field of the class Args in a program's source.
-
-    A section is named by the comment above its first field, a meaning is the string below a field.
-    """
-    body = next(n for n in ast.parse(source).body if getattr(n, "name", "") == "Args").body
-    lines, section, flags = source.splitlines(), "Run", []
-    for field, doc in zip(body, body[1:]):
-        if isinstance(field, ast.AnnAssign):
-            above = lines[field.lineno - 2].strip()
-            section = above.removeprefix("# ") if above.startswith("# ") else section
-            kind = ast.unparse(field.annotation).replace("tuple[str, ...]", "str str ...")
-            if kind.startswith("Literal"):
-                kind = "|".join(choice.value for choice in field.annotation.slice.elts)
-            meaning = " ".join(doc.value.value.split())
-            flags.append((section, field.target.id, kind, meaning))
-    return flags
-
-
 def help_text(Args, default) -> str:
     """What --help prints, by sections: tyro puts all flags of a flat dataclass in one group."""
     module = sys.modules[Args.__module__]
@@ -133,12 +111,12 @@ def help_text(Args, default) -> str:
     text += "The default of each flag is in [ ]; --preset changes defaults, and so this list.\n"
     text += "paper: the authors' published scripts for Qwen3-4B, or else the paper's text.\n"
     before = ""
-    for section, name, kind, meaning in read_flags(inspect.getsource(module)):
+    for section, name, kind, meaning in flags.read_flags(inspect.getsource(module)):
         text += f"\n{section}\n" if section != before else ""
         before, value = section, getattr(default, name)
         if isinstance(value, bool):
             kind, value = "(or --no-...)", "on" if value else "off"
-        value = " ".join(value) if isinstance(value, tuple) else value
+        value = " ".join(map(str, value)) if isinstance(value, tuple) else value
         flag = f"  --{name.replace('_', '-')} {kind}"
         lines = textwrap.wrap(f"{meaning} [{value if value != '' else 'none'}]", 66)
         if len(flag) > 31:
@@ -165,16 +143,17 @@ def parse_args(Args):
 def check_args(args) -> None:
     """Refuse values no run can have, before anything is loaded."""
     world_size = dist.get_world_size()
-    positive = "num_prompts num_generations num_samples num_minibatches max_prompt_length"
-    positive += " max_completion_length eval_num_samples tensor_parallel_size"
+    positive = "num_prompts num_generations num_samples num_minibatches max_completion_length"
+    positive += " eval_num_samples tensor_parallel_size"
     for name in (positive + " temperature learning_rate").split():
         if not 0 < getattr(args, name, 1) < math.inf:
             fail(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
-    floors = "weight_decay warmup_steps clip_low clip_high tis_cap"
-    floors += " positive_weight negative_weight eval_every save_every num_steps alignment_every"
-    for name in floors.split():
-        if not 0 <= getattr(args, name, 0) < math.inf:
-            fail(f"--{name.replace('_', '-')} must be 0 or more, not {getattr(args, name)}")
+    floors = "weight_decay warmup_steps clip tis_cap sign_weights eval_every save_every num_steps"
+    for name in (floors + " alignment_every").split():
+        value = getattr(args, name, 0)
+        for number in value if isinstance(value, tuple) else [value]:
+            if not 0 <= number < math.inf:
+                fail(f"--{name.replace('_', '-')} must be 0 or more, not {number}")
     if not 0 < getattr(args, "top_p", 1) <= 1:
         fail(f"--top-p must be in (0, 1], not {args.top_p}")
     if getattr(args, "num_generations", 2) == 1:
@@ -206,15 +185,6 @@ def check_args(args) -> None:
             __import__(args.track)
         except ImportError:
             fail(f"--track {args.track}: pip install {args.track}")
-
-
-# For glibc's malloc, on a CPU: keep what is freed. To get memory from the system anew, zeroed and
-# page by page, takes longer than many of the operations on it.
-KEEP_MEMORY = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(10**11),
-    "MALLOC_TOP_PAD_": str(2**26),
-}
 
 
 FEWEST_FILES = 256  # that a process may have open; a rank of two needs some 100 on a CPU
@@ -250,11 +220,7 @@ def launch(main, args) -> None:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(1)
-        # Python would now take its libraries apart: two seconds, in which gloo's threads may abort.
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        workarounds.leave(code)
     if not torch.cuda.is_available() and args.preset == "paper" and not Path(args.model).is_dir():
         fail(
             f"no GPU was found, and {args.model} with the paper's setting needs a GPU node. On a "
@@ -268,11 +234,8 @@ def launch(main, args) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, min(8, cores // n))))
     if n > 1:  # spinning threads would take the cores from the other ranks'
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if not torch.cuda.is_available():
-        os.environ.update(KEEP_MEMORY | os.environ)
     os.environ.setdefault("TORCHELASTIC_LOG_LEVEL", "CRITICAL")
-    # Semaphores of a rank that was stopped are removed, and need no warning.
-    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
+    os.environ.update(workarounds.rank_environment() | os.environ)
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
@@ -387,7 +350,7 @@ def make_output_dir(args) -> Path:
     if used and not getattr(args, "resume", False):
         fail(f"{folder} holds another run: give another --output-dir, or --resume to go on with it")
     if used:
-        refuse_changes(folder, {"script": script, **vars(args)})
+        refuse_changes(folder, script, args)
     wait_for_all()
     refused = ""
     try:
@@ -423,22 +386,14 @@ def lock_folder(folder: Path) -> None:
         pass  # a file system without locks
 
 
-# What --resume may change: how the run is computed and for how long, not what it computes.
-MAY_CHANGE = set(
-    "preset num_steps output_dir resume num_processes tensor_parallel_size gpu_memory_utilization "
-    "max_tokens_per_microbatch gradient_checkpointing cpu_offload save_every eval_every track "
-    "alignment_every".split()
-)
-
-
-def refuse_changes(folder: Path, now: dict) -> None:
+def refuse_changes(folder: Path, script: str, args) -> None:
     """Refuse to go on with the run in `folder` under flags that would make it another run."""
     before = json.loads((folder / "args.json").read_text())
-    now = json.loads(json.dumps(now))  # tuples become lists, as in the file
+    now = json.loads(json.dumps(dataclasses.asdict(args)))  # tuples become lists, as in the file
     changed = [
         f"--{key.replace('_', '-')} was {before[key]!r}, is now {value!r}"
-        for key, value in now.items()
-        if key in before and key not in MAY_CHANGE and before[key] != value
+        for key, value in {"script": script, **now}.items()
+        if key in before and key not in flags.changeable(script) and before[key] != value
     ]
     if changed:
         fail(f"--resume cannot go on with {folder}: {'; '.join(changed)}")

@@ -163,18 +163,6 @@ def find_stop_tokens(path: str, tokenizer, vocab_size: int) -> list[int]:
     return found
 
 
-def fit_context(args, config) -> None:
-    """Cut --max-completion-length, and if need be --max-prompt-length, to the model's context."""
-    context = config.max_position_embeddings
-    if args.max_prompt_length + args.max_completion_length > context:
-        args.max_prompt_length = min(args.max_prompt_length, context // 2)
-        args.max_completion_length = context - args.max_prompt_length
-        announce(
-            f"the model's context is {context} tokens: prompts are cut to "
-            f"{args.max_prompt_length}, completions to {args.max_completion_length}"
-        )
-
-
 # ----------------------------------------------------------------------------------------- problems
 
 
@@ -230,11 +218,14 @@ def load_problems(name: str, split: str) -> list[dict]:
     return list(problems.values())
 
 
+MAX_PROMPT_LENGTH = 1024  # tokens (paper: 1024)
+
+
 def encode_prompts(problems: list[dict], tokenizer, args) -> list[dict]:
     """Add "id", its number, and "prompt_ids" to each problem.
 
-    --system-prompt takes the place of the data's own. Leaves out prompts over --max-prompt-length,
-    with a count.
+    --system-prompt takes the place of the data's own. Prompts that are longer than
+    MAX_PROMPT_LENGTH are left out, with a count.
     """
     joined = merged = False
     day = datetime.date.fromisoformat(getattr(args, "date", str(datetime.date.today())))
@@ -262,12 +253,36 @@ def encode_prompts(problems: list[dict], tokenizer, args) -> list[dict]:
         announce("the chat template has no system prompt: it is put before the problem")
     if joined:
         announce("the tokenizer has no chat template: messages are joined by blank lines")
-    kept = [p for p in problems if len(p["prompt_ids"]) <= args.max_prompt_length]
+    kept = [p for p in problems if len(p["prompt_ids"]) <= MAX_PROMPT_LENGTH]
+    longer = f"longer than {MAX_PROMPT_LENGTH} tokens (MAX_PROMPT_LENGTH in inputs.py)"
     if not kept:
-        fail(f"all {len(problems)} prompts are longer than --max-prompt-length")
+        fail(f"all {len(problems)} prompts are {longer}")
     if len(kept) < len(problems):
-        announce(f"{len(problems) - len(kept)} of {len(problems)} prompts are too long: left out")
+        announce(f"{len(problems) - len(kept)} of {len(problems)} prompts are {longer}: left out")
     return kept
+
+
+def fit_context(datasets: list[list[dict]], config, args) -> None:
+    """Set args.context, the tokens of the longest prompt and the longest response together.
+
+    Cuts --max-completion-length if the model's context is shorter.
+
+    Args:
+        datasets: of encode_prompts(), all that the engine will get.
+    """
+    longest = max(len(p["prompt_ids"]) for problems in datasets for p in problems)
+    context = config.max_position_embeddings
+    if longest >= context:
+        fail(
+            f"the longest prompt has {longest} tokens, and the model's context is {context} tokens"
+        )
+    if longest + args.max_completion_length > context:
+        args.max_completion_length = context - longest
+        announce(
+            f"the model's context is {context} tokens and the longest prompt {longest}: "
+            f"completions are cut to {args.max_completion_length}"
+        )
+    args.context = longest + args.max_completion_length
 
 
 def chat_of(problem: dict, args) -> list[dict]:
@@ -335,7 +350,9 @@ def join_system_prompt(messages: list[dict]) -> list[dict]:
 MAX_BAD_REFERENCES = 0.05
 
 
-def check_references(name: str, problems: list[dict], pool, args, at_least: int = 1) -> list[dict]:
+def check_references(
+    name: str, problems: list[dict], verifier, args, at_least: int = 1
+) -> list[dict]:
     """Leave out the problems whose reference answer no usual form of itself meets.
 
     Every rank checks its part. Refuses a data set with more of them than MAX_BAD_REFERENCES,
@@ -346,7 +363,9 @@ def check_references(name: str, problems: list[dict], pool, args, at_least: int 
     rank, world_size = dist.get_rank(), dist.get_world_size()
     references = [p["answer"] for p in problems]
     found = [None] * world_size
-    dist.all_gather_object(found, grading.bad_references(pool, references[rank::world_size], args))
+    dist.all_gather_object(
+        found, grading.bad_references(verifier, references[rank::world_size], args)
+    )
     bad = {rank + world_size * i for rank, part in enumerate(found) for i in part}
     kept = [p for i, p in enumerate(problems) if i not in bad]
     rows = {i: problems[i].get("row", problems[i]["id"]) for i in sorted(bad)[:5]}

@@ -127,8 +127,6 @@ class Args:
     """responses per problem, the group size G"""
     system_prompt: str = ""
     """put before every problem; empty for none"""
-    max_prompt_length: int = 1024
-    """tokens; longer prompts are left out"""
     max_completion_length: int = 192
     """tokens of a response"""
     bos_token: str = ""

@@ -3,8 +3,8 @@
     python plot.py runs/a runs/b runs/c --output curves.png
 
 Runs of the same script and flags, but for the seed, form a method: its curve is the mean over its
-seeds, with a 95% band (Student's t) where there are two or more; a panel's axis fits the curves and
-may cut bands. A dashed line marks DSRL's switch.
+seeds, with a 95% band (Student's t) where there are three or more; a panel's axis fits the curves and
+may cut bands. A dashed line marks the switch from phase pretrain to rl.
 
 The table has for each method the final and the best held-out accuracy (avg@k, the mean over the
 evaluation sets), the steps and seconds to reach given accuracies (on the mean curve, interpolated
@@ -23,14 +23,11 @@ from statistics import mean, stdev
 
 import tyro
 
+import flags
+
 NAMES = {"grpo_baseline": "GRPO", "prerl": "PreRL", "nsr_prerl": "NSR-PreRL", "dsrl": "DSRL"}
 SHORT = {"warmup_steps": "S", "learning_rate": "lr"}
-# Flags that make no other method: where and how long it runs, and what it writes.
-IGNORED = set(
-    "script preset seed output_dir resume num_steps eval_every save_every track num_processes "
-    "tensor_parallel_size gpu_memory_utilization max_tokens_per_microbatch gradient_checkpointing "
-    "cpu_offload alignment_every date".split()
-)
+NO_METHOD = {"script", "seed", "date", "context"}  # in args.json beside what flags.py says
 # Okabe and Ito's colours, told apart by colour-blind readers, and a line style for print.
 COLOURS = ["#000000", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#8C8C00"]
 STYLES = ["-", "--", "-.", ":"]
@@ -90,9 +87,10 @@ def group_runs(runs: list[tuple[dict, list]]) -> dict[str, list[tuple[dict, list
     for args, rows in runs:
         peers = [other for other, _ in runs if other["script"] == args["script"]]
         label = NAMES.get(args["script"], args["script"])
+        ignored = NO_METHOD | flags.changeable(args["script"])
         for flag, value in args.items():
             others = [other.get(flag) for other in peers]
-            if flag not in IGNORED and any(other != value for other in others):
+            if flag not in ignored and any(other != value for other in others):
                 label += f", {SHORT.get(flag, flag.replace('_', '-'))} {short(value, others)}"
         groups.setdefault(label, []).append((args, rows))
     return groups
@@ -104,6 +102,8 @@ def short(value, others: list) -> str:
     >>> short("a/model", ["a/model", "b/base"]), short("a/model", ["a/model", "b/model"])
     ('model', 'a/model')
     """
+    if isinstance(value, list):
+        return " ".join(map(str, value))
     if not isinstance(value, str):
         return f"{value}"
     parts = value.rstrip("/").split("/")
@@ -219,6 +219,12 @@ def table(groups: dict, thresholds: tuple[float, ...], at_step: int) -> list[lis
     return lines
 
 
+def switch_of(rows: list[dict]) -> int | None:
+    """The last step of phase pretrain, if a step of phase rl follows it."""
+    phases = {row["step"]: row["phase"] for row in rows if "phase" in row}
+    return next((s for s in phases if (phases[s], phases.get(s + 1)) == ("pretrain", "rl")), None)
+
+
 def draw_panels(groups: dict, output: Path) -> None:
     """One panel for each metric that the runs have."""
     import matplotlib
@@ -252,12 +258,12 @@ def draw_panels(groups: dict, output: Path) -> None:
             )
             if count > 2:  # Student's t makes the band of two wider than the picture
                 bands.append((steps, middle, half, colour))
-            args = group[0][0]
-            if args["script"] == "dsrl" and max(steps) > args["warmup_steps"]:
-                axis.axvline(args["warmup_steps"], color=colour, linestyle=(0, (2, 3)), lw=1)
+            switch = switch_of(group[0][1])
+            if switch and max(steps) > switch:
+                axis.axvline(switch, color=colour, linestyle=(0, (2, 3)), lw=1)
                 axis.annotate(
-                    f"S = {args['warmup_steps']}",
-                    (args["warmup_steps"], 1),
+                    f"S = {switch}",
+                    (switch, 1),
                     xycoords=("data", "axes fraction"),
                     xytext=(3, -9),
                     textcoords="offset points",

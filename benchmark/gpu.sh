@@ -44,7 +44,6 @@ fi
 timeout 150 "$PYTHON" -c "import vllm, transformers, datasets, accelerate, pyarrow, math_verify
 import pebble, tyro, tensorboard, matplotlib" 2>"$OUT/imports.log" ||
   { tail -n 1 "$OUT/imports.log" && exit 1; }
-echo "imports: $SECONDS s"
 
 train() { # SECONDS NAME SCRIPT FLAGS: a run, its learning curve, the end of its log if it fails
   local seconds=$1 name=$2 run=$WORK/$2 code=0
@@ -72,15 +71,13 @@ part_checks() { # A = ±1, so that every step has an update
     --flags="$LAB --advantage sign"
 }
 
-part_lab() {
-  train "$LIMIT" dsrl dsrl.py $LAB --warmup-steps 1
-}
+part_lab() { train "$LIMIT" dsrl dsrl.py $LAB --warmup-steps 1; }
 
 part_others() {
-  local failed=0
-  train "$LIMIT" grpo grpo_baseline.py $LAB || failed=1
-  train "$LIMIT" prerl prerl.py $LAB || failed=1
-  train "$LIMIT" nsr_prerl nsr_prerl.py $LAB || failed=1
+  local failed=0 script
+  for script in grpo_baseline prerl nsr_prerl; do
+    train "$LIMIT" $script $script.py $LAB || failed=1
+  done
   return $failed
 }
 
@@ -88,13 +85,12 @@ part_qwen() {
   make_model || return
   local failed=0 flags="--preset paper --dataset $WORK/model/problems.jsonl --eval-datasets lab"
   flags+=" --num-steps 2 --num-prompts $PROMPTS --num-generations $GROUP --save-every 0"
-  flags+=" --max-prompt-length $((2 * DIGITS)) --max-tokens-per-microbatch $BATCH"
+  flags+=" --max-tokens-per-microbatch $BATCH"
   timeout --foreground -k 15 $((CPU ? 999999 : 210)) "$PYTHON" benchmark/fixed_work.py \
     grpo_baseline.py --report "$WORK/qwen.json" --new-tokens $NEW --model "$WORK/model" \
     $flags --system-prompt "" --output-dir "$WORK/qwen" &&
     "$PYTHON" benchmark/step_breakdown.py --report "$WORK/qwen.json" --peak $PEAK ||
     { failed=1 && tail -n 100 "$WORK/qwen/log_rank0.txt"; }
-  ((CPU)) && echo "GPU memory around sleep and wake, MFU: needs CUDA"
   "$PYTHON" benchmark/gpu_parts.py vllm --model "$WORK/model" --num-prompts $PROMPTS \
     --num-generations $GROUP --new-tokens $NEW || failed=1
   return $failed
@@ -114,9 +110,8 @@ part_smollm() {
 }
 
 part_memory() {
-  local flags="--vocabs 152064 --tokens 8192 --dtype bfloat16 --repeats 3"
-  ((CPU)) && flags="--vocabs 1000 --tokens 64 --length 32 --hidden 64 --layers 1"
-  ((CPU)) && echo "the ratios of 152,064 words: needs CUDA"
+  local flags="--dtype bfloat16 --repeats 3"
+  ((CPU)) && flags="--vocab 1000 --tokens 64 --length 32 --hidden 64 --layers 1"
   "$PYTHON" benchmark/memory.py $flags
 }
 

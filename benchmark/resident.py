@@ -11,16 +11,12 @@ def resident_gib(pid: int) -> float:
     pages = []
     try:
         root = psutil.Process(pid)
-        processes = [root, *root.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return 0.0
-    for process in processes:
-        try:
+        for process in [root, *root.children(recursive=True)]:
             memory = process.memory_info()
             pages.append((memory.rss, memory.shared))
-        except psutil.NoSuchProcess:  # it has ended
-            pass
-    once = max((shared for _, shared in pages), default=0)
+    except psutil.NoSuchProcess:  # one has ended: the next look is right again
+        return 0.0
+    once = max(shared for _, shared in pages)
     return (once + sum(resident - shared for resident, shared in pages)) / 2**30
 
 

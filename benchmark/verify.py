@@ -24,54 +24,40 @@ from test_grading import hostile  # noqa: E402
 import grading  # noqa: E402
 
 
-def check_references(pool, references: list[str]) -> dict:
-    args = SimpleNamespace(grader="math-verify")
+def measure_references(verifier, file: str) -> dict:
+    rows = pyarrow.parquet.read_table(file, columns=["reward_model"]).to_pylist()
+    references = [row["reward_model"]["ground_truth"] or "" for row in rows]
     start = time.perf_counter()
-    bad = grading.bad_references(pool, references, args)
+    bad = grading.bad_references(verifier, references, SimpleNamespace(grader="math-verify"))
     seconds = time.perf_counter() - start
-    return {
-        "references": len(references),
-        "met": len(references) - len(bad),
-        "empty": sum(not reference.strip() for reference in references),
-        "not_met": sorted({references[i] for i in bad if references[i].strip()}),
-        "seconds_per_1000": round(1000 * seconds / len(references), 2),
-    }
+    found = {"references": len(references), "met": len(references) - len(bad)}
+    found["empty"] = sum(not reference.strip() for reference in references)
+    found["not_met"] = sorted({references[i] for i in bad if references[i].strip()})
+    return found | {"seconds_per_1000": round(1000 * seconds / len(references), 2)}
 
 
-def judge_answers(pool, pairs: list[tuple[str, str]], timeout: float) -> dict:
-    args = SimpleNamespace(grader="math-verify")
-    grading.TIMEOUT = timeout
-    texts = [f"\\boxed{{{answer}}}" for answer, _ in pairs]
+def measure_answers(verifier, pairs: list[tuple[str, str]], timeout: float) -> dict:
+    grading.TIMEOUT, args = timeout, SimpleNamespace(grader="math-verify")
+    texts, references = [f"\\boxed{{{answer}}}" for answer, _ in pairs], [r for _, r in pairs]
     start = time.perf_counter()
-    rewards, timeouts, errors = grading.verify(
-        pool, texts, [reference for _, reference in pairs], args
-    )
+    rewards, timeouts, errors = grading.verify(verifier, texts, references, args)
     seconds = time.perf_counter() - start
-    return {
-        "answers": len(pairs),
-        "right": int(sum(rewards)),
-        "timeouts": timeouts,
-        "errors": errors,
-        "seconds": round(seconds, 1),
-        "answers_per_second": round(len(pairs) / seconds),
-    }
+    found = {"answers": len(pairs), "correct": int(sum(rewards)), "timeouts": timeouts}
+    return found | {"errors": errors, "answers_per_second": round(len(pairs) / seconds)}
 
 
 def main(files: list[str]) -> None:
-    pool = grading.start_verifier()
-    result = {"cores": len(os.sched_getaffinity(0)), "references": {}}
-    for file in files:
-        rows = pyarrow.parquet.read_table(file, columns=["reward_model"]).to_pylist()
-        references = [row["reward_model"]["ground_truth"] or "" for row in rows]
-        result["references"][Path(file).stem] = check_references(pool, references)
+    verifier = grading.start_verifier()
+    found = {Path(file).stem: measure_references(verifier, file) for file in files}
+    result = {"cores": len(os.sched_getaffinity(0)), "references": found}
     ordinary = [(f"\\frac{{{i}}}{{{i % 9 + 2}}}", f"{i}/{i % 9 + 2}") for i in range(1, 1001)]
     ordinary += [(f"{i}\\sqrt{{3}}+x^2", f"x^2+{i}\\sqrt{{3}}") for i in range(1000)]
-    result["ordinary"] = judge_answers(pool, ordinary, timeout=5.0)
+    result["ordinary"] = measure_answers(verifier, ordinary, timeout=5.0)
     with tempfile.TemporaryDirectory() as folder:
-        answers = hostile(Path(folder) / "touched")
-        result["hostile"] = judge_answers(pool, [(a, "-77777") for a in answers], timeout=1.0)
+        answers = [(answer, "-77777") for answer in hostile(Path(folder) / "touched")]
+        result["hostile"] = measure_answers(verifier, answers, timeout=1.0)
         result["hostile"]["executed"] = (Path(folder) / "touched").exists()
-    pool.stop()
+    verifier.stop()
     print(json.dumps(result))
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import harness  # noqa: E402
+import flags  # noqa: E402
 from benchmark import hardware  # noqa: E402
 from lab import page  # noqa: E402
 
@@ -192,10 +192,10 @@ def flags_table(script: str) -> str:
     args = next(n for n in ast.parse(source).body if getattr(n, "name", "") == "Args")
     defaults = {f.target.id: f.value for f in args.body if isinstance(f, ast.AnnAssign)}
     lines, before = "| flag | default | meaning |\n|---|---|---|\n", ""
-    for section, name, kind, meaning in harness.read_flags(source):
+    for section, name, kind, meaning in flags.read_flags(source):
         lines += f"| **{section}** | | |\n" if section != before else ""
         before, default = section, ast.literal_eval(defaults[name])
-        default = " ".join(default) if isinstance(default, tuple) else default
+        default = " ".join(map(str, default)) if isinstance(default, tuple) else default
         shown = f"`{default}`" if default != "" else "none"
         if isinstance(default, bool):
             shown = "on" if default else "off"

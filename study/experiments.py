@@ -43,14 +43,14 @@ VARIANTS = {
     "no-std": "grpo_baseline.py --advantage mean",  # Dr.GRPO's advantage alone
     "rloo": "grpo_baseline.py --advantage rloo",
     "reinforce++": "grpo_baseline.py --advantage reinforce++",
-    "psr-rl": "grpo_baseline.py --negative-weight 0",
-    "nsr-rl": "grpo_baseline.py --positive-weight 0",
-    "w-reinforce": "grpo_baseline.py --advantage sign --positive-weight 0.1",
+    "psr-rl": "grpo_baseline.py --sign-weights 1 0",
+    "nsr-rl": "grpo_baseline.py --sign-weights 0 1",
+    "w-reinforce": "grpo_baseline.py --advantage sign --sign-weights 0.1 1",
     "grpo-microbatch-mean": "grpo_baseline.py --loss-aggregation microbatch-token-mean "
     "--max-tokens-per-microbatch 1024",
     # pre-train space
     "prerl": "prerl.py",
-    "psr-prerl": "prerl.py --negative-weight 0",
+    "psr-prerl": "prerl.py --sign-weights 1 0",
     "nsr-prerl": "nsr_prerl.py",
     "nsr-prerl-every-wrong": "nsr_prerl.py --advantage sign",
     # both
@@ -58,7 +58,7 @@ VARIANTS = {
     "dsrl-10": "dsrl.py --warmup-steps 10",
     "dsrl-20": "dsrl.py --warmup-steps 20",
     "dsrl-40": "dsrl.py --warmup-steps 40",
-    "nsr-rl-then-rl": "dsrl.py --warmup-steps 10 --warmup-space posttrain",
+    "nsr-rl-then-rl": "warmup_given_x.py --warmup-steps 10",  # a fork: write_forks()
     "dsrl-10-reset": "dsrl.py --warmup-steps 10 --reset-optimizer-at-switch",
     # the worked example of docs/forking.md: the first 8 tokens of a response are left out
     "nsr-prerl-late": "late.py",
@@ -101,7 +101,7 @@ WORLD_METHODS = ("grpo", "nsr-prerl", "dsrl-10", "nsr-rl-then-rl")
 WORLD_VARIANTS = {
     **VARIANTS,
     # a tenth of the positive half beside the negative one: does it hold a response's form?
-    "prerl-positive-0.1": "prerl.py --positive-weight 0.1",
+    "prerl-positive-0.1": "prerl.py --sign-weights 0.1 1",
     # each space at its own: the warm-up's best rate without a collapse, then RL's best
     "dsrl-10-two-rates": "dsrl.py --warmup-learning-rate 3e-4 --learning-rate 1e-3 "
     "--warmup-steps 10",
@@ -175,6 +175,21 @@ def commands(args: Args) -> list[tuple[str, int, list[str], Path]]:
     return found
 
 
+def warmup_given_x() -> str:
+    """dsrl.py with a warm-up that keeps x, which is NSR-RL; docs/dsrl.md shows the line."""
+    source = (ROOT / "dsrl.py").read_text()
+    line = "contexts = [[bos]] * len(prompts) if warmup else prompts  # x^{1[s>S]}\n"
+    if source.count(line) != 1:
+        sys.exit(f"error: dsrl.py has no such line: {line}")
+    return source.replace(line, "contexts = prompts\n")
+
+
+def write_forks() -> None:
+    """The variants that no flag makes, beside the scripts; git ignores them."""
+    (ROOT / "late.py").write_text(fork("late"))
+    (ROOT / "warmup_given_x.py").write_text(warmup_given_x())
+
+
 def write_problems(path: Path, problems: list[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(problem) + "\n" for problem in problems))
@@ -215,7 +230,7 @@ def pass_at_64(folder: Path, threads: int) -> None:
 
 def run(args: Args) -> None:
     threads = max(1, len(os.sched_getaffinity(0)) // args.jobs)
-    (ROOT / "late.py").write_text(fork("late"))
+    write_forks()
     runs = commands(args)
     with ThreadPoolExecutor(args.jobs) as pool:
         work = [pool.submit(train, command, folder, threads) for _, _, command, folder in runs]
@@ -316,7 +331,7 @@ def run_worlds(args: Args) -> None:
     for name in set(args.only) - known:
         sys.exit(f"error: --only {name}: no such variant; they are {', '.join(known)}")
     threads = max(1, len(os.sched_getaffinity(0)) // args.jobs)
-    (ROOT / "late.py").write_text(fork("late"))
+    write_forks()
     with ThreadPoolExecutor(args.jobs) as pool:
         for work in [pool.submit(make_base, world, args, threads) for world in args.worlds]:
             work.result()

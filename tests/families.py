@@ -315,7 +315,7 @@ def make_args(folder: str) -> types.SimpleNamespace:
         tensor_parallel_size=1,
         gpu_memory_utilization=0.1,
         dtype="float32",
-        max_prompt_length=16,
+        context=40,
         max_completion_length=24,
         temperature=0.8,
         seed=1,

@@ -1,33 +1,42 @@
 """The programs of benchmark/ run, in their smallest form. Speed and memory are not judged here."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow.parquet
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
-from benchmark import hardware  # noqa: E402
+from benchmark import hardware, vs_trl  # noqa: E402
+from study import graders  # noqa: E402
 
 
-def last_line(*command: str) -> dict:
-    """The JSON that a program of benchmark/ ends with."""
-    command = [sys.executable, f"benchmark/{command[0]}", *command[1:]]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+def run_benchmark(program: str, *words: str) -> str:
+    """What a program of benchmark/ prints."""
+    command = [sys.executable, f"benchmark/{program}", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return done.stdout
+
+
+def last_line(program: str, *words: str) -> dict:
+    """The JSON that it ends with."""
+    return json.loads(run_benchmark(program, *words).splitlines()[-1])
 
 
 @pytest.mark.parametrize("script", ["grpo_baseline.py", "dsrl.py"])
-def test_step_breakdown(script):
+def test_step_breakdown(script, tmp_path):
     """The work of a step is what was asked for, and the parts are shares of the whole."""
-    lab = "--preset lab --num-prompts 2 --num-generations 4"
-    flags = ["--script", script, "--num-steps", "2", "--new-tokens", "16", f"--flags={lab}"]
-    result = last_line("step_breakdown.py", *flags)
+    flags = "--preset lab --num-prompts 2 --num-generations 4 --num-steps 2 --new-tokens 16".split()
+    run_benchmark("fixed_work.py", script, "--report", str(tmp_path / "out.json"), *flags)
+    result = last_line("step_breakdown.py", "--report", str(tmp_path / "out.json"))
     assert 0 < result["update_peak_fraction"] < 1
     assert 0 < result["sync_share"] < result["other_share"] < 1
     assert result["rollout_tokens_per_s"] > 0 and result["peak_gib"] > 0
@@ -39,16 +48,70 @@ def test_checks(tmp_path):
     flags += "--num-generations 4 --max-completion-length 16"
     result = last_line("gpu_parts.py", "checks", f"--folder={tmp_path / 'run'}", f"--flags={flags}")
     assert result["syncs"] == 3 and not result["check_failures"]
+    assert result["seeded_seconds"] > 0 and result["unseeded_seconds"] > 0
     assert max(result["check_gaps"]) < 1e-3 < min(result["check_stale_gaps"])
 
 
 def test_memory():
     """Full logits of 32,000 words need more memory than ours, even for few tokens."""
-    flags = "--vocabs 32000 --tokens 4096 --hidden 64 --layers 1 --repeats 1".split()
-    points = last_line("memory.py", *flags)["points"]
-    peaks = {point["head"]: point["peak_gib"] for point in points}
+    flags = "--vocab 32000 --tokens 4096 --hidden 64 --layers 1 --repeats 1".split()
+    result = last_line("memory.py", *flags)
+    peaks = {head: row["peak_gib"] for head, row in result["heads"].items()}
     assert set(peaks) == {"chunked", "log_softmax", "cross_entropy"}
     assert peaks["chunked"] < min(peaks["log_softmax"], peaks["cross_entropy"])
+    assert 0 < result["peak_ratio"] < 1 and result["time_ratio"] > 0
+
+
+def test_verify(tmp_path):
+    """The references of a file, ordinary and hostile answers."""
+    golds = ["5", "", r"\frac{1}{2}", "}{"]
+    rows = [{"reward_model": {"ground_truth": gold}} for gold in golds]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "data.parquet")
+    result = last_line("verify.py", str(tmp_path / "data.parquet"))
+    found = result["references"]["data"]
+    assert (found["references"], found["met"], found["empty"]) == (4, 2, 1)
+    assert found["not_met"] == ["}{"]
+    assert result["ordinary"]["correct"] == result["ordinary"]["answers"] == 2000
+    assert result["hostile"]["correct"] == 0 and not result["hostile"]["executed"]
+
+
+def test_graders():
+    """study/graders.py tells graders apart: the authors' strings reject what ours accept."""
+    equal, wrong = graders.sets()["sums"]
+    ours, strings = (
+        [graders.accept(grader, cases[:5])[0] for cases in (equal, wrong)]
+        for grader in (graders.GRADERS["this project"], graders.authors_strings)
+    )
+    assert ours == [5, 0] and strings == [0, 0]
+
+
+def test_vs_trl(tmp_path):
+    """Medians and quotients, from reports of each program; the first step warms up."""
+    for name, seconds, peak in (("trl", 30, 4), ("grpo", 10, 5), ("nsr_prerl", 6, 2)):
+        for i in (1, 2):
+            report = {"step_seconds": [999, seconds + i], "peak_gib": peak}
+            (tmp_path / f"{name}-{i}.json").write_text(json.dumps(report))
+    result = vs_trl.summarize(tmp_path)
+    assert result["trl"]["seconds"] == 31.5 and result["trl"]["speedup"] == 1
+    assert result["grpo"]["speedup"] == pytest.approx(31.5 / 11.5, abs=0.01)
+    assert (result["grpo"]["memory"], result["nsr_prerl"]["memory"]) == (1.25, 0.5)
+
+
+@pytest.mark.slow
+def test_gpu(tmp_path):
+    """The parts of gpu.sh in tiny form, as far as they need no GPU; each reports its figures."""
+    parts = "lab qwen profile memory".split()
+    done = subprocess.run(
+        ["bash", "benchmark/gpu.sh", "--cpu", *parts],
+        cwd=ROOT, env=os.environ | {"OUT": str(tmp_path), "PYTHON": sys.executable},
+        capture_output=True, text=True, timeout=1800, check=False,
+    )  # fmt: skip
+    logs = "".join(log.read_text()[-2000:] for log in tmp_path.glob("*.log"))
+    result = json.loads((tmp_path / "gpu.json").read_text())
+    assert re.findall(r"^(\w+) +ok", done.stdout, re.M) == parts, done.stdout + logs
+    assert len(result["lab"]["dsrl"]["reward"]) == 3
+    assert result["qwen"]["rollout_ratio_to_vllm"] > 0 and result["qwen"]["sync_s"] > 0
+    assert result["profile"]["microbatch_seconds"] > 0 and result["memory"]["peak_ratio"] > 0
 
 
 @pytest.mark.parametrize("name", hardware.MODELS)
@@ -72,8 +135,7 @@ def test_weights_stay_only_where_they_fit(name):
                     args = SimpleNamespace(
                         cpu_offload=offload,
                         gradient_checkpointing=True,
-                        max_prompt_length=0,
-                        max_completion_length=m.length,
+                        context=m.length,
                         max_tokens_per_microbatch=tokens,
                     )
                     needed = common.trainer_bytes(m.parameters, 2, config, args, gpus)

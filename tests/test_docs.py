@@ -58,7 +58,7 @@ def test_the_exercises(tmp_path):
     )
     exercises.draw(rewards, tmp_path / "lecture.png")
     assert (tmp_path / "lecture.png").stat().st_size > 3e4
-    solutions = re.findall(r"^\| (\d) \| `(\w+ = .*?)` \| `(\w+\.py) ", page, re.M)
+    solutions = re.findall(r"^\| (\d) \| `(\w+ = .*?)` \| `(\w+\.py)", page, re.M)
     assert [number for number, _, _ in solutions] == list("12345")
     for _, line, script in solutions:
         name = line.partition(" = ")[0]
@@ -106,7 +106,7 @@ def run_fork(name: str, folder: Path, *flags: str) -> list[dict]:
 
 FORKS = {
     "late": "--skip-tokens 8",
-    "gspo": "--num-minibatches 2 --loss-aggregation seq-mean-token-mean --clip-low 0.01",
+    "gspo": "--num-minibatches 2 --loss-aggregation seq-mean-token-mean --clip 0.01 0.28",
     "kl": "--kl-coef 0.5 --num-steps 2",
     "dynamic": "--oversample 4",
     "formatted": "--num-generations 4",
@@ -189,8 +189,10 @@ def test_help(name):
     for field in vars(Args()):
         assert f"  --{field.replace('_', '-')} " in text
     if name in SCRIPTS:
-        for section in ("Run", "Rollout", "Method", "Optimiser", "Machine"):
+        for section in ("Model and data", "Rollout", "Method", "Optimiser"):
             assert f"\n\n{section}\n" in text
+        for section in ("Run", "Machine"):
+            assert f"\n\n{section} (--resume may change these)\n" in text
 
 
 def test_help_shows_the_presets_defaults():

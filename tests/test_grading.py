@@ -194,7 +194,7 @@ def test_a_worker_that_waits_loses_no_time(pool, monkeypatch):
     slow = ("(x+1)^{60}(x-1)^{60}", "(x^2-1)^{60}")
     verdict = rewards(pool, [slow], timeout=20.0)
     monkeypatch.setattr(grading, "TIMEOUT", 1.5)
-    future = grading.submit(pool, grading.judge, *slow)
+    future = grading.submit(pool, grading.verify_answer, *slow)
     workers = [worker.pid for worker in pool._pool_manager.worker_manager.workers.values()]
     for stopped in (signal.SIGSTOP, signal.SIGCONT):
         for pid in workers:

@@ -19,14 +19,14 @@ import inputs
 import models
 import plot
 import thoughts
-from benchmark import gpu_parts, hardware, step_breakdown
+from benchmark import hardware, step_breakdown
 from study import experiments, report, smollm
 
 MEAN, GRPO, RLOO, REINFORCE, SIGN = "mean", "grpo", "rloo", "reinforce++", "sign"
 
 
 MODULES = [common, inputs, data, models, grading, thoughts, plot, grad_alignment]
-MODULES += [gpu_parts, hardware, step_breakdown, experiments, report, smollm]
+MODULES += [hardware, step_breakdown, experiments, report, smollm]
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
@@ -100,7 +100,7 @@ def test_loss_value_and_gradient(aggregation, on_policy, monkeypatch):
     else:  # ratios beyond the clip and the dual clip, both ways
         olds = [x - torch.randn(n, dtype=torch.float64) * 1.5 for x, n in zip(logps, lengths)]
     A = torch.tensor([rng.choice([-1.5, -0.5, 0.0, 0.75]) for _ in lengths])
-    weight = common.sign_weights(A, 0.1, 1.0)
+    weight = common.sign_weights(A, (0.1, 1.0))
     counted = torch.tensor([rng.random() < 0.7 for _ in lengths]) & (weight != 0)
     A = weight * A
     scale = common.token_weights(counted, torch.tensor(lengths), aggregation, 16)
@@ -108,7 +108,7 @@ def test_loss_value_and_gradient(aggregation, on_policy, monkeypatch):
     ours = [x.clone().requires_grad_() for x in logps]
     n = torch.tensor(lengths)
     objective = common.clipped_objective(
-        torch.cat(ours), torch.cat(olds), A.repeat_interleave(n), 0.2, 0.28
+        torch.cat(ours), torch.cat(olds), A.repeat_interleave(n), (0.2, 0.28)
     )
     loss = -(scale.repeat_interleave(n) * objective).sum()
     loss.backward()

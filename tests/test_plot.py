@@ -26,7 +26,9 @@ def write_run(folder: Path, script: str, evals: dict, *, seconds=2.0, steps=40, 
         for step in range(steps + 1):
             row = {"step": step}
             if step:
-                row |= {"phase": "rl", "reward/mean": step / 100, "time/step": seconds}
+                warmup = step <= flags.get("warmup_steps", 0)
+                row |= {"phase": "pretrain" if warmup else "rl", "time/step": seconds}
+                row["reward/mean"] = step / 100
                 row |= {"sync/logprob_gap": 1e-7, "thoughts/reflection": step, "policy/loss": None}
             if step in evals:
                 row |= {"eval/a/avg@4": evals[step] - 0.1, "eval/b/avg@4": evals[step] + 0.1}
@@ -67,6 +69,19 @@ def test_methods_of_two_models(tmp_path):
         "DSRL, model a/model": 1,
         "DSRL, model b/model": 2,
         "DSRL, model base": 1,
+    }
+
+
+def test_what_makes_another_method(tmp_path):
+    """The section of a flag says it; a fork's own flag makes a method, and so does a pair."""
+    every = {"cpu_offload": True, "track": "wandb", "clip": [0.2, 0.28], "kl_coef": 0.5}
+    for i, (flag, value) in enumerate(every.items()):
+        write_run(tmp_path / f"{i}", "mine", {0: 0.2}, **{flag: value}, context=i)
+    groups = plot.group_runs([plot.read_run(tmp_path / f"{i}") for i in range(4)])
+    assert {label: len(group) for label, group in groups.items()} == {
+        "mine": 2,
+        "mine, clip 0.2 0.28": 1,
+        "mine, kl-coef 0.5": 1,
     }
 
 
@@ -129,6 +144,12 @@ def test_switch_is_marked(runs, tmp_path, monkeypatch):
     monkeypatch.setattr(Figure, "savefig", look)
     plot.draw(runs, tmp_path / "curves.png")
     assert {"S = 10", "S = 5"} == set(texts)
+    # Phases say it, whatever the script is called; a run that ends before the switch has none.
+    for script, steps, wanted in (("fork", 40, {"S = 7"}), ("fork2", 7, set())):
+        texts.clear()
+        fork = write_run(tmp_path / script, script, {0: 0.2}, steps=steps, warmup_steps=7)
+        plot.draw([fork], tmp_path / "curves.png")
+        assert set(texts) == wanted
 
 
 def test_as_a_command(runs, tmp_path):

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import common
 import harness
 import inputs
+import workarounds
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -142,9 +143,7 @@ def test_prefix_computed_once_changes_nothing(tiny_model_dir, left):
 def test_bfloat16_on_a_cpu(tiny_model_dir, longest, attention):
     """Either attention is float32's up to rounding, with a prefix and without one."""
     exact, _ = load(tiny_model_dir)
-    rounded, _ = load(
-        tiny_model_dir, dtype="bfloat16", max_prompt_length=24, max_completion_length=longest - 24
-    )
+    rounded, _ = load(tiny_model_dir, dtype="bfloat16", context=longest)
     assert rounded.lm.config._attn_implementation == attention
     prompts, responses = ragged()
     shots = list(range(3, 19))
@@ -171,7 +170,7 @@ def test_plain_attention(past):
     other = [x.detach().clone().requires_grad_() for x in own]
     allowed = torch.ones(4, past + 4, dtype=torch.bool).tril(past)
     mask = torch.zeros(1, 1, 4, past + 4, dtype=torch.float64).masked_fill(~allowed, -1e30)
-    a, _ = common.plain_attention(None, *own, mask, 0.3)
+    a, _ = workarounds.plain_attention(None, *own, mask, 0.3)
     b = torch.nn.functional.scaled_dot_product_attention(
         *other, attn_mask=allowed, scale=0.3, enable_gqa=True
     ).transpose(1, 2)
@@ -217,12 +216,12 @@ def test_canary_sees_other_weights(tiny_model_dir):
         assert (gap < 1e-5) == limit
         check = types.SimpleNamespace(dtype="float32")
         if limit:
-            common.check_gap(gap, check)
+            common.check_canary(gap, check)
         else:
             with pytest.raises(RuntimeError, match="samples from another policy"):
-                common.check_gap(gap, check)
+                common.check_canary(gap, check)
     with pytest.raises(RuntimeError):
-        common.check_gap(float("nan"), check)
+        common.check_canary(float("nan"), check)
 
 
 def on_ranks(world_size: int, *words) -> torch.Tensor:

@@ -405,7 +405,8 @@ def test_engines_without_a_prompt(tmp_path):
     [
         (dict(weight_decay=-1.0), "--weight-decay must be 0 or more"),
         (dict(tis_cap=math.nan), "--tis-cap must be 0 or more"),
-        (dict(clip_high=math.inf), "--clip-high must be 0 or more"),
+        (dict(clip=(0.2, math.inf)), "--clip must be 0 or more"),
+        (dict(sign_weights=(-1.0, 1.0)), "--sign-weights must be 0 or more"),
         (dict(learning_rate=math.nan), "--learning-rate must be positive"),
         (dict(tensor_parallel_size=0), "--tensor-parallel-size must be positive"),
         (dict(tensor_parallel_size=2), "does not divide the 1 processes"),
@@ -439,7 +440,7 @@ def test_tokenizers_that_add_bos(tiny_model_dir, one_rank, template):
             "{{ bos_token }}{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}"
             "{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
         )
-    args = SimpleNamespace(system_prompt="think", max_prompt_length=99)
+    args = SimpleNamespace(system_prompt="think")
     problems = [{"problem": "1+1", "answer": "2"}]
     ids = inputs.encode_prompts(problems, tokenizer, args)[0]["prompt_ids"]
     text = "s:thinku:1+1a:" if template else "think1+1"
@@ -452,7 +453,7 @@ def test_the_datas_own_system_message(tiny_model_dir, one_rank, capsys):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     messages = [{"role": "system", "content": "be"}, {"role": "user", "content": "1+1"}]
     for given, wanted in (("", "be1+1"), ("think", "think1+1")):
-        args = SimpleNamespace(system_prompt=given, max_prompt_length=99)
+        args = SimpleNamespace(system_prompt=given)
         problems = [{"problem": messages, "answer": "2"}]
         ids = inputs.encode_prompts(problems, tokenizer, args)[0]["prompt_ids"]
         assert tokenizer.decode(ids).replace("?", "") == wanted
@@ -499,7 +500,7 @@ def test_what_ends_a_response(tiny_model_dir, tmp_path, family):
 def chat(tokenizer, template: str, **flags) -> str:
     """A prompt as the model gets it, with a system prompt."""
     tokenizer.chat_template = template
-    args = SimpleNamespace(system_prompt="be", max_prompt_length=99, **flags)
+    args = SimpleNamespace(system_prompt="be", **flags)
     problems = [{"problem": "1+1", "answer": "2"}]
     return tokenizer.decode(inputs.encode_prompts(problems, tokenizer, args)[0]["prompt_ids"])
 
@@ -578,13 +579,28 @@ def test_a_token_without_an_embedding(tiny_model_dir, tmp_path):
     assert metrics(tmp_path / "run")[-1]["sync/logprob_gap"] < 1e-5
 
 
-def test_long_prompts_are_left_out(tiny_model_dir, one_rank, capsys):
+def test_long_prompts_are_left_out(tiny_model_dir, one_rank, capsys, monkeypatch):
+    monkeypatch.setattr(inputs, "MAX_PROMPT_LENGTH", 5)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
-    args = SimpleNamespace(system_prompt="", max_prompt_length=5)
+    args = SimpleNamespace(system_prompt="", max_completion_length=6)
     problems = [{"problem": text, "answer": "2"} for text in ("1+1", "1+1+1+1", "2", "3" * 6)]
     kept = inputs.encode_prompts(problems, tokenizer, args)
     assert [(p["id"], p["problem"]) for p in kept] == [(0, "1+1"), (2, "2")]
-    assert "2 of 4 prompts are too long: left out" in capsys.readouterr().out
+    assert "2 of 4 prompts are longer than 5 tokens" in capsys.readouterr().out
+    # The engine's context is what the longest of these and a response need, or the model's.
+    for limit, context, completion in ((512, 9, 6), (9, 9, 6), (8, 8, 5)):
+        args.max_completion_length = 6
+        config = SimpleNamespace(max_position_embeddings=limit)
+        inputs.fit_context([kept[1:], kept], config, args)
+        assert (args.context, args.max_completion_length) == (context, completion)
+        cut = "completions are cut to 5" in capsys.readouterr().out
+        assert cut == (limit == 8)
+    with pytest.raises(SystemExit):
+        inputs.fit_context([kept], SimpleNamespace(max_position_embeddings=3), args)
+    assert "the longest prompt has 3 tokens" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        inputs.encode_prompts([{"problem": "3" * 6, "answer": "2"}], tokenizer, args)
+    assert "all 1 prompts are longer than 5 tokens" in capsys.readouterr().err
 
 
 def test_killed_before_the_first_step(tmp_path):

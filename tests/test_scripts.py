@@ -1,6 +1,8 @@
 """The scripts as a user runs them: subprocesses, real vLLM, real FSDP, the lab's base model."""
 
+import dataclasses
 import difflib
+import importlib
 import json
 import os
 import re
@@ -19,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import inputs
 import one_step
 from lab import task
+from study import experiments
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ["grpo_baseline", "prerl", "nsr_prerl", "dsrl"]
@@ -205,7 +208,15 @@ def test_the_steps_are_one_steps(runs, script):
             A, in_loss, contexts = methods[script](r, xs, 1)
         assert A.flatten().tolist() == pytest.approx([s["advantage"] for s in samples], abs=1e-6)
         assert in_loss.flatten().tolist() == [s["in_loss"] for s in samples]
-        _, gradient = one_step.step(model, optimizer, A, in_loss, contexts, ys)
+        with torch.no_grad():  # what was sampled, with which probability, before this step's update
+            logps = [one_step.log_probs(model, x, y) for x, y in zip(xs, ys)]
+        saved = torch.tensor([p for s in samples for p in s["logprobs"]], dtype=torch.float64)
+        assert (torch.cat(logps) - saved).abs().mean() < 1e-4
+        # The step again from what is saved of it: A, which samples are in the loss, their tokens
+        A = torch.tensor([s["advantage"] for s in samples], dtype=torch.float64)
+        in_loss = torch.tensor([s["in_loss"] for s in samples])
+        loss, gradient = one_step.step(model, optimizer, A, in_loss, contexts, ys)
+        assert row["policy/loss"] == pytest.approx(loss, abs=1e-5)
         assert row["policy/grad_norm"] == pytest.approx(gradient.norm().item(), rel=1e-3)
     trained = AutoModelForCausalLM.from_pretrained(runs[0][script] / "model").double()
     own = torch.cat([(p - b).flatten() for p, b in zip(trained.parameters(), before)])
@@ -215,9 +226,9 @@ def test_the_steps_are_one_steps(runs, script):
 
 def test_clipping_and_minibatches(tmp_path):
     """Two updates on one batch, negatives at half weight, against equation (2) in float64."""
-    flags = "--num-minibatches 2 --num-steps 1 --eval-every 0 --negative-weight 0.5"
+    flags = "--num-minibatches 2 --num-steps 1 --eval-every 0 --sign-weights 1 0.5"
     flags += " --weight-decay 10"
-    run("grpo_baseline", tmp_path, *flags.split(), "--clip-low", "0.02", "--clip-high", "0.03")
+    run("grpo_baseline", tmp_path, *flags.split(), "--clip", "0.02", "0.03")
     samples = completions(tmp_path, 1)
     xs, ys = [s["prompt_ids"] for s in samples], [s["response_ids"] for s in samples]
     r = torch.tensor([s["reward"] for s in samples], dtype=torch.float64).view(8, 4)
@@ -273,10 +284,15 @@ def test_dsrl_goes_on_as_grpo(runs, tmp_path):
 
 
 def test_warmup_in_the_posttrain_space(tmp_path):
-    """--warmup-space posttrain: GRPO's likelihood, of the negatives only, bitwise."""
+    """The study's fork whose warm-up keeps x is NSR-RL: bitwise GRPO's, of the negatives only."""
     flags = "--num-steps 1 --eval-every 0".split()
-    run("dsrl", tmp_path / "a", *flags, "--warmup-space", "posttrain")
-    same_as = "--positive-weight 0 --advantage mean".split()
+    script = ROOT / f"late_{tmp_path.name}.py"
+    script.write_text(experiments.warmup_given_x())
+    try:
+        run(script.stem, tmp_path / "a", *flags)
+    finally:
+        script.unlink()
+    same_as = "--sign-weights 0 1 --advantage mean".split()
     run("grpo_baseline", tmp_path / "b", *flags, *same_as)
     assert metrics(tmp_path / "a")[0]["phase"] == "pretrain"
     assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
@@ -323,14 +339,14 @@ def test_two_processes(runs, tmp_path, script, tensor_parallel, monkeypatch):
 def test_minibatches_and_knobs(tmp_path):
     """The less used flags together: old log-probs, clipping, importance weights, A = ±1."""
     flags = "--num-steps 2 --num-minibatches 2 --tis-cap 2 --advantage sign"
-    flags += " --loss-aggregation seq-mean-token-mean --positive-weight 0.1 --eval-every 0"
+    flags += " --loss-aggregation seq-mean-token-mean --sign-weights 0.1 1 --eval-every 0"
     flags += " --gradient-checkpointing --max-tokens-per-microbatch 300 --dtype bfloat16"
     run("grpo_baseline", tmp_path, *flags.split())
     assert metrics(tmp_path)[-1]["policy/counted_samples"] > 16
 
 
 def test_headline_command_in_the_paper_setting(tmp_path):
-    """`python dsrl.py --model FOLDER`: a Qwen2 with a context of 4096, which 1024 + 8192 exceed."""
+    """`python dsrl.py --model FOLDER`: a Qwen2 with a context of 4096, which a response exceeds."""
     model = save_tiny_model(tmp_path / "model", context=4096)
     data = tmp_path / "train.jsonl"
     rows = [{"question": f"{i}+{i}=", "solution": f"\\boxed{{{2 * i}}}"} for i in range(20)]
@@ -349,7 +365,10 @@ def test_headline_command_in_the_paper_setting(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "context is 4096 tokens" in done.stdout
     saved = json.loads((tmp_path / "run" / "args.json").read_text())
-    assert saved["max_prompt_length"] + saved["max_completion_length"] == 4096
+    table = pyarrow.parquet.read_table(tmp_path / "run" / "completions" / "step_000001.parquet")
+    longest = max(len(row["prompt_ids"]) for row in table.to_pylist())
+    assert saved["context"] == 4096 and 4096 - 200 < saved["max_completion_length"]
+    assert saved["max_completion_length"] <= 4096 - longest
     rows = metrics(tmp_path / "run")
     assert [row["phase"] for row in rows] == ["pretrain", "rl"]
     assert all(row["policy/grad_norm"] > 0 and row["sync/logprob_gap"] < 0.1 for row in rows)
@@ -372,7 +391,7 @@ def test_authors_files_load_as_they_are():
 
 @pytest.mark.parametrize(
     ("before", "after", "most"),
-    [("grpo_baseline", "prerl", 4), ("prerl", "nsr_prerl", 2), ("nsr_prerl", "dsrl", 12)],
+    [("grpo_baseline", "prerl", 4), ("prerl", "nsr_prerl", 2), ("nsr_prerl", "dsrl", 9)],
 )
 def test_the_diff_is_the_method(before, after, most):
     """Outside of the docstring so few lines are new, and no line of the loop's frame is."""
@@ -386,6 +405,11 @@ def test_the_diff_is_the_method(before, after, most):
     assert len(changed) - len(added) <= len(added)
     frame = r"rollout\(|verify\(|gather\(|canary\(|backward|optimizer_step|sync_weights|evaluate"
     assert not [line for line in changed if re.search(frame, line)]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_flags_are_few(script):
+    assert len(dataclasses.fields(importlib.import_module(script).Args)) <= 36
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -410,7 +434,6 @@ def test_the_update_is_flat(script):
         ("--dataset nosuch.parquet", "data set nosuch.parquet cannot be loaded"),
         ("--learning-rate nan", "--learning-rate must be positive"),
         ("--num-processes -1", "--num-processes -1"),
-        ("--max-prompt-length 2", "are longer than --max-prompt-length"),
         ("--num-prompts 9999", "--num-prompts 9999"),
     ],
 )

@@ -19,6 +19,7 @@ import torch.distributed as dist
 import transformers
 
 import common
+import grad_alignment
 import harness
 import inputs
 
@@ -79,7 +80,7 @@ if mode == "skew":
             A = torch.zeros(len(lengths))
             A[-1] = -1.0  # a single sample has a gradient: other ranks have none
             responses = [s["ids"] for s in samples]
-            cosine = common.alignment(
+            cosine = grad_alignment.alignment(
                 policy, [[1]] * len(A), prompts, responses, A, 1 + A, args, device
             )
             result.append((gap, cosine["alignment/cosine_to_grpo"]))

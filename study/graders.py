@@ -1,6 +1,6 @@
 r"""Graders side by side on equal forms and near misses of MATH's reference answers.
 
-    python benchmark/grader.py [SET ...]
+    python study/graders.py
 
 For each grader and each set of cases: the share of equal forms that it rejects, of near misses that
 it accepts, and the CPU time of an answer, in one process. The table goes to docs/evaluation.md.
@@ -73,7 +73,7 @@ def out_of_time(*_):
     raise OutOfTime
 
 
-def judge(grader, cases: list[tuple[str, str]]) -> tuple[int, float]:
+def accept(grader, cases: list[tuple[str, str]]) -> tuple[int, float]:
     """How many are accepted, and the CPU seconds of all."""
     accepted, start = 0, time.process_time()
     for gold, answer in cases:
@@ -114,27 +114,20 @@ def sets() -> dict[str, tuple[list, list]]:
     return result
 
 
-def main(names: list[str]) -> None:
+def main() -> None:
     logging.disable(logging.CRITICAL)
     signal.signal(signal.SIGPROF, out_of_time)
     print("| cases | grader | equal forms rejected | near misses accepted | CPU time an answer |")
     print("|---|---|---|---|---|")
     for name, (equal, wrong) in sets().items():
-        if names and name not in names:
-            continue
         for title, grader in GRADERS.items():
-            judge(grader, equal[::50])  # the parser builds its tables
-            accepted, first = judge(grader, equal)
-            missed, all_equal = len(equal) - accepted, len(equal)
-            accepted, second = judge(grader, wrong)
-            milliseconds = 1000 * (first + second) / (all_equal + len(wrong))
-            line = (
-                f"| {name} | {title} | {missed} of {all_equal} ({missed / all_equal:.1%}) | "
-                f"{accepted} of {len(wrong)} ({accepted / len(wrong):.1%}) | "
-                f"{milliseconds:.1f} ms |"
-            )
-            print(line, flush=True)
+            accept(grader, equal[::50])  # the parser builds its tables
+            (met, first), (missed, second) = accept(grader, equal), accept(grader, wrong)
+            rejected, count = len(equal) - met, len(equal) + len(wrong)
+            line = f"| {name} | {title} | {rejected} of {len(equal)} ({rejected / len(equal):.1%})"
+            line += f" | {missed} of {len(wrong)} ({missed / len(wrong):.1%})"
+            print(f"{line} | {1000 * (first + second) / count:.1f} ms |", flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
