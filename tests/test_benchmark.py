@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import warm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -16,7 +17,7 @@ from benchmark import hardware  # noqa: E402
 
 def last_line(*command: str) -> dict:
     """The JSON that a program of benchmark/ ends with."""
-    command = [sys.executable, f"benchmark/{command[0]}", *command[1:]]
+    command = [*warm.python(), f"benchmark/{command[0]}", *command[1:]]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout.splitlines()[-1])
