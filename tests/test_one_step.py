@@ -132,8 +132,9 @@ def test_the_notebook(tmp_path):
             (tmp_path / path.name).symlink_to(path)
     cells = json.loads((ROOT / "lab" / "lab.ipynb").read_text())["cells"]
     source = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
-    assert source.count('"20"') == 1
-    (tmp_path / "notebook").write_text(source.replace('"20"', '"2"'))
+    assert source.count('"20"') == 1 and source.count("[sys.executable,") == 2
+    source = source.replace('"20"', '"2"').replace("[sys.executable,", f"[*{warm.python()},")
+    (tmp_path / "notebook").write_text(source)
     done = subprocess.run(
         [*warm.python(), "notebook"],
         cwd=tmp_path, text=True, capture_output=True, timeout=900, check=False,
