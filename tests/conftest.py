@@ -2,7 +2,10 @@
 
 import os
 
-import pytest
+# Two tests run at once on two cores: threads that wait for each other would take the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
 import torch
 import torch.distributed as dist
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers

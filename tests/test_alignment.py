@@ -4,13 +4,13 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
+import warm
 from test_scripts import metrics, run, same, weights
 from transformers import AutoModelForCausalLM
 
@@ -24,7 +24,7 @@ def measure(folder: Path, *flags: str) -> dict:
     command += " --num-tokens 12 --num-finite-steps 3 --seed 3"
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     done = subprocess.run(
-        [sys.executable, *command.split(), "--output-dir", str(folder), *flags],
+        [*warm.python(), *command.split(), "--output-dir", str(folder), *flags],
         cwd=ROOT,
         env=env,
         text=True,

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pyarrow.parquet
 import pytest
+import warm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -20,7 +21,7 @@ from study import graders  # noqa: E402
 
 def run_benchmark(program: str, *words: str) -> str:
     """What a program of benchmark/ prints."""
-    command = [sys.executable, f"benchmark/{program}", *words]
+    command = [*warm.python(), f"benchmark/{program}", *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

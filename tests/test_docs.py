@@ -13,6 +13,7 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 import torch
+import warm
 import yaml
 from test_scripts import ROOT, SCRIPTS, SMALL, metrics
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
@@ -91,7 +92,7 @@ def run_fork(name: str, folder: Path, *flags: str) -> list[dict]:
     """Metrics of a script of docs/forking.md, made by its own diffs."""
     script = ROOT / f"late_{name}_{folder.parent.name}.py"  # beside common.py, as a fork is
     script.write_text(generate.fork(name))
-    command = [sys.executable, script.name, *SMALL, "--eval-every", "0", "--num-steps", "1"]
+    command = [*warm.python(), script.name, *SMALL, "--eval-every", "0", "--num-steps", "1"]
     command += ["--num-prompts", "3", "--num-generations", "3", *flags]
     try:
         done = subprocess.run(
@@ -197,7 +198,7 @@ def test_help(name):
 
 def test_help_shows_the_presets_defaults():
     done = subprocess.run(
-        [sys.executable, "dsrl.py", "--preset", "lab", "--help"],
+        [*warm.python(), "dsrl.py", "--preset", "lab", "--help"],
         cwd=ROOT, text=True, capture_output=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0 and "lab/base]" in done.stdout.replace("\n" + 32 * " ", "")

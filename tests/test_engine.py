@@ -2,11 +2,11 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+import warm
 from conftest import save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -54,7 +54,7 @@ def test_sync_and_parallelism(tmp_path, world_size, tp, kv_heads, tied):
     out = tmp_path / "out"
     out.mkdir()
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*warm.python(), "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={world_size}", "tests/engine_check.py"]
     command += [str(model), str(out), str(tp)]
     done = subprocess.run(
@@ -109,7 +109,7 @@ def test_sync_and_parallelism(tmp_path, world_size, tp, kv_heads, tied):
 
 
 def fresh_logprobs(out: Path, env: dict) -> list[list[float]]:
-    command = [sys.executable, "-c", FRESH_ENGINE, str(out / "model"), str(out)]
+    command = [*warm.python(), "-c", FRESH_ENGINE, str(out / "model"), str(out)]
     done = subprocess.run(
         command, cwd=ROOT, env=env, text=True, capture_output=True, timeout=900, check=False
     )

@@ -5,13 +5,13 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet
 import pytest
+import warm
 from test_scripts import AUTHORS, metrics, run
 
 import common
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def command(folder: Path, *flags: str) -> list[str]:
     flags = ["--preset", "lab", "--max-completion-length", "96", *map(str, flags)]
-    return [sys.executable, "evaluate.py", "--output-dir", str(folder), *flags]
+    return [*warm.python(), "evaluate.py", "--output-dir", str(folder), *flags]
 
 
 def evaluate(folder: Path, *flags: str, code: int = 0) -> str:
@@ -86,7 +86,7 @@ def test_weights_that_do_not_arrive(trained, tmp_path):
     assert text.count(weights) == 1
     (tmp_path / "evaluate.py").write_text(text.replace(weights, sent))
     words = command(tmp_path / "out", "--model", trained / "model", "--num-samples", 1)
-    words[1] = str(tmp_path / "evaluate.py")
+    words[words.index("evaluate.py")] = str(tmp_path / "evaluate.py")
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         words, cwd=ROOT, env=env, text=True, capture_output=True, timeout=900, check=False

@@ -5,13 +5,13 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import types
 from pathlib import Path
 
 import families
 import pytest
 import torch
+import warm
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2ForCausalLM
 
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 @pytest.mark.slow
 def test_families_train():
     """The sweep: every family of the page, three updates each; one engine after the other."""
-    command = [sys.executable, "tests/families.py", *families.TRAINED]
+    command = [*warm.python(), "tests/families.py", *families.TRAINED]
     done = subprocess.run(
         command, cwd=ROOT, env=without_rank(), capture_output=True, timeout=3000, check=False
     )
@@ -46,7 +46,7 @@ def test_by_the_command_line(tmp_path, family):
         ["evaluate.py", *f"--preset lab --num-samples 1 --model {run}/model".split()]
         + f"--output-dir {tmp_path}/eval --max-completion-length 8".split(),
     ):
-        command = [sys.executable, *words]
+        command = [*warm.python(), *words]
         done = subprocess.run(
             command, cwd=ROOT, env=without_rank(), capture_output=True, timeout=900, check=False
         )
@@ -177,7 +177,7 @@ def test_mixtures_of_experts_by_the_command_line(tmp_path, script):
     """Before the engine starts, in one line; nothing is written."""
     kind, changes, _ = families.REFUSED["Qwen3-MoE"]
     model = families.save_model(tmp_path / "model", kind, changes)
-    command = [sys.executable, f"{script}.py", "--preset", "lab", "--model", model]
+    command = [*warm.python(), f"{script}.py", "--preset", "lab", "--model", model]
     command += ["--output-dir", str(tmp_path / "run")]
     done = subprocess.run(
         command,

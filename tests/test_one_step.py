@@ -4,11 +4,11 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+import warm
 from transformers import AutoModelForCausalLM
 
 import one_step
@@ -20,7 +20,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 def run(*flags: str, code: int = 0) -> str:
     done = subprocess.run(
-        [sys.executable, "one_step.py", *flags],
+        [*warm.python(), "one_step.py", *flags],
         cwd=ROOT, text=True, capture_output=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == code, done.stdout + done.stderr
@@ -132,10 +132,11 @@ def test_the_notebook(tmp_path):
             (tmp_path / path.name).symlink_to(path)
     cells = json.loads((ROOT / "lab" / "lab.ipynb").read_text())["cells"]
     source = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
-    assert source.count('"20"') == 1
-    (tmp_path / "notebook").write_text(source.replace('"20"', '"2"'))
+    assert source.count('"20"') == 1 and source.count("[sys.executable,") == 2
+    source = source.replace('"20"', '"2"').replace("[sys.executable,", f"[*{warm.python()},")
+    (tmp_path / "notebook").write_text(source)
     done = subprocess.run(
-        [sys.executable, "notebook"],
+        [*warm.python(), "notebook"],
         cwd=tmp_path, text=True, capture_output=True, timeout=900, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

@@ -3,11 +3,11 @@
 import json
 import math
 import subprocess
-import sys
 from pathlib import Path
 from statistics import mean
 
 import pytest
+import warm
 from matplotlib.image import imread
 
 import plot
@@ -153,7 +153,7 @@ def test_switch_is_marked(runs, tmp_path, monkeypatch):
 
 
 def test_as_a_command(runs, tmp_path):
-    command = [sys.executable, "plot.py", *map(str, runs), "--output", str(tmp_path / "c.png")]
+    command = [*warm.python(), "plot.py", *map(str, runs), "--output", str(tmp_path / "c.png")]
     command += ["--csv", str(tmp_path / "c.csv")]
     done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -172,7 +172,7 @@ def test_as_a_command(runs, tmp_path):
 )
 def test_bad_input(runs, tmp_path, damage, message):
     damage(runs[0])
-    command = [sys.executable, "plot.py", str(runs[0]), "--output", str(tmp_path / "c.png")]
+    command = [*warm.python(), "plot.py", str(runs[0]), "--output", str(tmp_path / "c.png")]
     done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: ") and message in done.stderr

@@ -2,13 +2,13 @@
 
 import os
 import subprocess
-import sys
 import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import warm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
@@ -228,7 +228,7 @@ def on_ranks(world_size: int, *words) -> torch.Tensor:
     """What tests/two_ranks.py saves."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     env.pop("RANK", None)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*warm.python(), "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={world_size}", "tests/two_ranks.py", *map(str, words)]
     done = subprocess.run(
         command, cwd=ROOT, env=env, text=True, capture_output=True, timeout=600, check=False

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pyarrow.parquet
 import pytest
 import torch
+import warm
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_scripts import ROOT, SMALL, completions, learned, metrics, run, same, weights
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -30,7 +31,7 @@ FLAGS = "--num-steps 6 --warmup-steps 3 --save-every 1 --eval-every 3".split()
 
 def start(script: str, folder: Path, *flags: str) -> subprocess.Popen:
     """The run in a session of its own; what it prints goes to a file beside its folder."""
-    command = [sys.executable, f"{script}.py", *SMALL, "--output-dir", str(folder), *flags]
+    command = [*warm.python(), f"{script}.py", *SMALL, "--output-dir", str(folder), *flags]
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     log = open(folder.with_suffix(".log"), "a")
     return subprocess.Popen(
@@ -198,7 +199,7 @@ def damaged(script: str, tmp_path: Path, old: str, new: str, *flags: str) -> str
     text = (ROOT / f"{script}.py").read_text()
     assert text.count(old) == 1
     (tmp_path / f"{script}.py").write_text(text.replace(old, new))
-    command = [sys.executable, str(tmp_path / f"{script}.py"), *SMALL, *flags]
+    command = [*warm.python(), str(tmp_path / f"{script}.py"), *SMALL, *flags]
     command += ["--num-steps", "4", "--eval-every", "0", "--output-dir", tmp_path / "run"]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
@@ -258,7 +259,7 @@ def test_one_rank_fails(tmp_path, place):
         .replace(clock, RANK_1_FAILS + f"        {PLACES[place]}\n" + clock)
     )
     (tmp_path / "dsrl.py").write_text(text)
-    command = [sys.executable, str(tmp_path / "dsrl.py"), *SMALL, "--num-processes", "2"]
+    command = [*warm.python(), str(tmp_path / "dsrl.py"), *SMALL, "--num-processes", "2"]
     command += ["--eval-every", "0", "--output-dir", str(tmp_path / "run")]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     with open(tmp_path / "log", "w") as log:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 import torch
+import warm
 from conftest import save_tiny_model
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -39,7 +40,7 @@ throughput/rollout_tokens_per_s throughput/update_tokens_per_s memory/peak_gib""
 
 def run(script: str, folder: Path, *flags: str, code: int = 0) -> str:
     """Run a script in the lab's setting, made smaller. Returns what the user sees."""
-    command = [sys.executable, f"{script}.py", *SMALL, "--output-dir", str(folder), *flags]
+    command = [*warm.python(), f"{script}.py", *SMALL, "--output-dir", str(folder), *flags]
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     if not torch.cuda.is_available():  # a machine without a C++ compiler, nothing compiled before
         nothing = str(ROOT / ".pytest_cache" / "nothing-compiled")
@@ -121,7 +122,7 @@ def test_a_checkpoint_becomes_a_model(runs, tmp_path):
     """export.py on the checkpoint of step 2: the weights that a run of 2 steps leaves."""
     folder = runs[0]["grpo_baseline"]
     checkpoint = folder / "checkpoints" / "step_000002"
-    command = [sys.executable, "export.py", "--checkpoint", str(checkpoint), "--output-dir"]
+    command = [*warm.python(), "export.py", "--checkpoint", str(checkpoint), "--output-dir"]
     done = subprocess.run(
         [*command, str(tmp_path / "model")], cwd=ROOT, text=True, capture_output=True, timeout=300
     )
@@ -355,7 +356,7 @@ def test_headline_command_in_the_paper_setting(tmp_path):
     command += f" --num-generations 2 --num-steps 2 --warmup-steps 1 --output-dir {tmp_path}/run"
     command += " --eval-every 0 --advantage sign"
     done = subprocess.run(
-        [sys.executable, *command.split()],
+        [*warm.python(), *command.split()],
         cwd=ROOT,
         text=True,
         capture_output=True,
@@ -468,7 +469,7 @@ def test_folder_of_another_run_is_refused(runs):
 
 
 def test_no_gpu_for_the_paper_setting():
-    command = [sys.executable, "dsrl.py", "--model", "Qwen2.5-Math-7B"]
+    command = [*warm.python(), "dsrl.py", "--model", "Qwen2.5-Math-7B"]
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False)

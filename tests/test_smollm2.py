@@ -6,11 +6,11 @@ import json
 import random
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+import warm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lab import arithmetic, smollm2
@@ -89,7 +89,7 @@ def test_update_with_worked_examples(tmp_path):
     flags = "--num-steps 1 --num-prompts 2 --num-generations 2 --max-completion-length 8"
     flags += " --num-minibatches 2 --learning-rate 1e-12 --advantage sign --eval-every 0"
     flags += " --preset smollm --output-dir"
-    command = [sys.executable, "grpo_baseline.py", *flags.split(), str(tmp_path)]
+    command = [*warm.python(), "grpo_baseline.py", *flags.split(), str(tmp_path)]
     done = subprocess.run(
         command, cwd=ROOT, text=True, capture_output=True, timeout=900, check=False
     )
