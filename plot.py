@@ -3,8 +3,8 @@
     python plot.py runs/a runs/b runs/c --output curves.png
 
 Runs of the same script and flags, but for the seed, form a method: its curve is the mean over its
-seeds, with a 95% band (Student's t) where there are three or more; a panel's axis fits the curves and
-may cut bands. A dashed line marks the switch from phase pretrain to rl.
+seeds, with a 95% band (Student's t) where there are three or more; a panel's axis fits the curves
+and may cut bands. A dashed line marks the switch from phase pretrain to rl.
 
 The table has for each method the final and the best held-out accuracy (avg@k, the mean over the
 evaluation sets), the steps and seconds to reach given accuracies (on the mean curve, interpolated
