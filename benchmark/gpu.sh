@@ -111,7 +111,7 @@ part_smollm() {
 
 part_memory() {
   local flags="--dtype bfloat16 --repeats 3"
-  ((CPU)) && flags="--vocab 1000 --tokens 64 --length 32 --hidden 64 --layers 1"
+  ((CPU)) && flags="--vocab 8000 --tokens 512 --length 32 --hidden 64 --layers 1"
   "$PYTHON" benchmark/memory.py $flags
 }
 

@@ -110,7 +110,7 @@ def measure(head: str, args: Args) -> dict:
         update(args.tokens // args.length, args.length)
         seconds.append(time.perf_counter() - start)
     peak = torch.cuda.max_memory_allocated() if cuda else status("VmHWM")
-    return {"peak_gib": round((peak - before) / 2**30, 3), "seconds": round(min(seconds), 3)}
+    return {"peak_gib": (peak - before) / 2**30, "seconds": min(seconds)}
 
 
 def main(args: Args) -> None:

@@ -15,7 +15,8 @@ import warm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
-from benchmark import hardware, vs_trl  # noqa: E402
+import grading  # noqa: E402
+from benchmark import hardware, verify, vs_trl  # noqa: E402
 from study import graders  # noqa: E402
 
 
@@ -63,17 +64,20 @@ def test_memory():
     assert 0 < result["peak_ratio"] < 1 and result["time_ratio"] > 0
 
 
-def test_verify(tmp_path):
+def test_verify(tmp_path, monkeypatch):
     """The references of a file, ordinary and hostile answers."""
+    monkeypatch.setattr(grading, "TIMEOUT", 5.0)  # measure_answers sets it
     golds = ["5", "", r"\frac{1}{2}", "}{"]
     rows = [{"reward_model": {"ground_truth": gold}} for gold in golds]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "data.parquet")
-    result = last_line("verify.py", str(tmp_path / "data.parquet"))
-    found = result["references"]["data"]
+    verifier = grading.start_verifier()
+    found = verify.measure_references(verifier, str(tmp_path / "data.parquet"))
     assert (found["references"], found["met"], found["empty"]) == (4, 2, 1)
     assert found["not_met"] == ["}{"]
-    assert result["ordinary"]["correct"] == result["ordinary"]["answers"] == 2000
-    assert result["hostile"]["correct"] == 0 and not result["hostile"]["executed"]
+    pairs = [(r"\frac{2}{4}", "1/2"), ("x+1", "x+2"), ("9^{9^{9^{9}}}", "1")]
+    found = verify.measure_answers(verifier, pairs, timeout=0.5)
+    verifier.stop()
+    assert (found["answers"], found["correct"], found["timeouts"], found["errors"]) == (3, 1, 1, 0)
 
 
 def test_graders():

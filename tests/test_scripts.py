@@ -212,12 +212,11 @@ def test_the_steps_are_one_steps(runs, script):
         with torch.no_grad():  # what was sampled, with which probability, before this step's update
             logps = [one_step.log_probs(model, x, y) for x, y in zip(xs, ys)]
         saved = torch.tensor([p for s in samples for p in s["logprobs"]], dtype=torch.float64)
-        assert (torch.cat(logps) - saved).abs().mean() < 1e-4
+        assert (torch.cat(logps) - saved).abs().mean() < 1e-5
         # The step again from what is saved of it: A, which samples are in the loss, their tokens
         A = torch.tensor([s["advantage"] for s in samples], dtype=torch.float64)
         in_loss = torch.tensor([s["in_loss"] for s in samples])
-        loss, gradient = one_step.step(model, optimizer, A, in_loss, contexts, ys)
-        assert row["policy/loss"] == pytest.approx(loss, abs=1e-5)
+        _, gradient = one_step.step(model, optimizer, A, in_loss, contexts, ys)
         assert row["policy/grad_norm"] == pytest.approx(gradient.norm().item(), rel=1e-3)
     trained = AutoModelForCausalLM.from_pretrained(runs[0][script] / "model").double()
     own = torch.cat([(p - b).flatten() for p, b in zip(trained.parameters(), before)])
