@@ -217,6 +217,13 @@ def test_bos_in_order_of_preference():
         assert error.value.code == 2
 
 
+def test_ids_that_can_occur():
+    """Neither padding of the embeddings nor tokens without one."""
+    for tokens, embeddings in ((5, 8), (8, 5)):
+        config = types.SimpleNamespace(vocab_size=embeddings)
+        assert inputs.num_tokens(range(tokens), config) == 5
+
+
 def test_oracle_is_not_ours():
     """The oracle must see a wrong sign: the same samples with -A give another loss."""
     logps = [torch.tensor([-1.0, -2.0], dtype=torch.float64)]
