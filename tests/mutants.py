@@ -10,6 +10,7 @@ it). The exit code is 1 if one is not killed. Those whose tests take seconds com
 """
 
 import argparse
+import importlib
 import os
 import re
 import shlex
@@ -19,12 +20,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 600  # seconds that a mutant's tests may take; one that hangs for longer is killed by that
+LIBRARIES = """torch torch.distributed.fsdp torch.distributed.checkpoint.state_dict numpy
+torch.utils.tensorboard transformers.models.qwen2.modeling_qwen2 pyarrow.parquet huggingface_hub
+transformers.models.qwen3.modeling_qwen3 transformers.models.auto.modeling_auto tyro pebble"""
 
 
 class Mutant(NamedTuple):
@@ -481,27 +486,59 @@ def copy_tree(place: Path) -> Path:
     return place
 
 
-def run_tests(tests: str, mutant: Mutant | None = None) -> tuple[int, str]:
-    """pytest's exit code (None: out of time) and what it printed, in a copy with the mutant."""
-    with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
-        place = copy_tree(Path(folder))
-        if mutant:
-            file = place / mutant.file
-            file.write_text(file.read_text().replace(mutant.old, mutant.new))
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-rfE", "--tb=line", "-p"]
-        command += ["no:cacheprovider", f"--basetemp={folder}/temporary", *shlex.split(tests)]
-        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-        with open(place / "output", "w+") as output:
-            process = subprocess.Popen(
-                command, cwd=place, env=env, stdout=output, stderr=output, start_new_session=True
-            )
-            try:
-                process.wait(LIMIT)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-            output.seek(0)
-            return process.returncode, output.read()
+def warm_up() -> None:
+    """Import what nearly all tests need, none of it ours: for each mutant that would take longer
+    than its tests."""
+    for name in LIBRARIES.split():
+        importlib.import_module(name)
+
+
+def start_tests(tests: str, mutant: Mutant | None, place: Path) -> int:
+    """pytest in a copy with the mutant, by a fork of this process. Returns its process id."""
+    copy_tree(place)
+    if mutant:
+        file = place / mutant.file
+        file.write_text(file.read_text().replace(mutant.old, mutant.new))
+    pid = os.fork()
+    if pid:
+        return pid
+    os.setsid()
+    output = os.open(place / "output", os.O_CREAT | os.O_WRONLY)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.chdir(place)
+    sys.path[0] = str(place)  # in the place of this file's folder
+    words = ["-x", "-q", "-rfE", "--tb=line", "-p", "no:cacheprovider"]
+    words += [f"--basetemp={place / 'temporary'}", *shlex.split(tests)]
+    code = 3
+    try:
+        code = int(pytest.main(words))
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def run_all(work: list[tuple[str, Mutant | None]], jobs: int):
+    """Exit code of pytest (-9: out of time) and what it printed, of each piece of work in turn."""
+    running, done, given = {}, {}, 0  # running: pid -> number, folder, start
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        for number in range(len(work)):
+            while number not in done:
+                while len(running) < jobs and given < len(work):
+                    place = Path(folder) / str(given)
+                    running[start_tests(*work[given], place)] = given, place, time.monotonic()
+                    given += 1
+                for pid, (_, _, begun) in running.items():
+                    if time.monotonic() - begun > LIMIT:
+                        os.killpg(pid, signal.SIGKILL)
+                pid, status = os.waitpid(-1, os.WNOHANG)
+                if pid:
+                    finished, place, _ = running.pop(pid)
+                    output = (place / "output").read_text(errors="replace")
+                    done[finished] = os.waitstatus_to_exitcode(status), output
+                    shutil.rmtree(place, ignore_errors=True)
+                time.sleep(0.05)
+            yield done.pop(number)
 
 
 def verdict(code: int, output: str) -> str:
@@ -526,20 +563,20 @@ def main() -> int:
         print(*(f"{m.name:50} {m.file:18} {m.tests}" for m in chosen), sep="\n")
         return 0
     start, bad = time.monotonic(), []
-    with ThreadPoolExecutor(flags.jobs) as pool:
-        sets = list(dict.fromkeys(m.tests for m in chosen))
-        fine = {}
-        for tests, (code, output) in zip(sets, pool.map(run_tests, sets)):
-            fine[tests] = code == 0
-            print(f"{'pass' if code == 0 else 'FAIL'} without a mutant: {tests}", flush=True)
-            if code:
-                print(output[-1500:], flush=True)
-        ready = [m for m in chosen if fine[m.tests]]
-        bad += [m.name for m in chosen if not fine[m.tests]]
-        for mutant, result in zip(ready, pool.map(lambda m: run_tests(m.tests, m), ready)):
-            said = verdict(*result)
-            bad += [mutant.name] if not said.startswith("killed") else []
-            print(f"{mutant.name:50} {said}", flush=True)
+    warm_up()
+    sets = list(dict.fromkeys(m.tests for m in chosen))
+    fine = {}
+    for tests, (code, output) in zip(sets, run_all([(s, None) for s in sets], flags.jobs)):
+        fine[tests] = code == 0
+        print(f"{'pass' if code == 0 else 'FAIL'} without a mutant: {tests}", flush=True)
+        if code:
+            print(output[-1500:], flush=True)
+    ready = [m for m in chosen if fine[m.tests]]
+    bad += [m.name for m in chosen if not fine[m.tests]]
+    for mutant, result in zip(ready, run_all([(m.tests, m) for m in ready], flags.jobs)):
+        said = verdict(*result)
+        bad += [mutant.name] if not said.startswith("killed") else []
+        print(f"{mutant.name:50} {said}", flush=True)
     minutes = (time.monotonic() - start) / 60
     print(f"{len(chosen) - len(bad)} of {len(chosen)} killed in {minutes:.0f} minutes")
     print(*(f"not killed: {name}" for name in bad), sep="\n")
@@ -547,4 +584,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    sys.dont_write_bytecode = True
     sys.exit(main())
