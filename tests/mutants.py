@@ -487,15 +487,14 @@ def copy_tree(place: Path) -> Path:
 
 
 def warm_up() -> None:
-    """Import what nearly all tests need, none of it ours: for each mutant that would take longer
-    than its tests."""
+    """Import what nearly all tests need, none of it ours: that takes longer than most tests."""
     for name in LIBRARIES.split():
         importlib.import_module(name)
 
 
-def start_tests(tests: str, mutant: Mutant | None, place: Path) -> int:
+def start_tests(tests: str, mutant: Mutant | None, base: Path, place: Path) -> int:
     """pytest in a copy with the mutant, by a fork of this process. Returns its process id."""
-    copy_tree(place)
+    shutil.copytree(base, place)
     if mutant:
         file = place / mutant.file
         file.write_text(file.read_text().replace(mutant.old, mutant.new))
@@ -518,27 +517,26 @@ def start_tests(tests: str, mutant: Mutant | None, place: Path) -> int:
         os._exit(code)
 
 
-def run_all(work: list[tuple[str, Mutant | None]], jobs: int):
+def run_all(work: list[tuple[str, Mutant | None]], base: Path, jobs: int):
     """Exit code of pytest (-9: out of time) and what it printed, of each piece of work in turn."""
     running, done, given = {}, {}, 0  # running: pid -> number, folder, start
-    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
-        for number in range(len(work)):
-            while number not in done:
-                while len(running) < jobs and given < len(work):
-                    place = Path(folder) / str(given)
-                    running[start_tests(*work[given], place)] = given, place, time.monotonic()
-                    given += 1
-                for pid, (_, _, begun) in running.items():
-                    if time.monotonic() - begun > LIMIT:
-                        os.killpg(pid, signal.SIGKILL)
-                pid, status = os.waitpid(-1, os.WNOHANG)
-                if pid:
-                    finished, place, _ = running.pop(pid)
-                    output = (place / "output").read_text(errors="replace")
-                    done[finished] = os.waitstatus_to_exitcode(status), output
-                    shutil.rmtree(place, ignore_errors=True)
-                time.sleep(0.05)
-            yield done.pop(number)
+    for number in range(len(work)):
+        while number not in done:
+            while len(running) < jobs and given < len(work):
+                place = base.with_name(f"{given}")
+                running[start_tests(*work[given], base, place)] = given, place, time.monotonic()
+                given += 1
+            for pid, (_, _, begun) in running.items():
+                if time.monotonic() - begun > LIMIT:
+                    os.killpg(pid, signal.SIGKILL)
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid:
+                finished, place, _ = running.pop(pid)
+                output = (place / "output").read_text(errors="replace")
+                done[finished] = os.waitstatus_to_exitcode(status), output
+                shutil.rmtree(place)
+            time.sleep(0.05)
+        yield done.pop(number)
 
 
 def verdict(code: int, output: str) -> str:
@@ -552,6 +550,23 @@ def verdict(code: int, output: str) -> str:
     return f"BROKEN: {output.strip().splitlines()[-1] if output.strip() else code}"
 
 
+def run_mutants(mutants: list[Mutant], base: Path, jobs: int) -> list[str]:
+    """Print a line for each. Returns the names of those that are not killed."""
+    sets, fine, bad = list(dict.fromkeys(m.tests for m in mutants)), {}, []
+    for tests, (code, output) in zip(sets, run_all([(s, None) for s in sets], base, jobs)):
+        fine[tests] = code == 0
+        print(f"{'pass' if code == 0 else 'FAIL'} without a mutant: {tests}", flush=True)
+        if code:
+            print(output[-1500:], flush=True)
+    work = [(m.tests, m) for m in mutants if fine[m.tests]]
+    results = run_all(work, base, jobs)
+    for mutant in mutants:
+        said = verdict(*next(results)) if fine[mutant.tests] else "BROKEN: see above"
+        bad += [] if said.startswith("killed") else [mutant.name]
+        print(f"{mutant.name:50} {said}", flush=True)
+    return bad
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Run the mutants.")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="names, or parts of them")
@@ -562,21 +577,10 @@ def main() -> int:
     if flags.list:
         print(*(f"{m.name:50} {m.file:18} {m.tests}" for m in chosen), sep="\n")
         return 0
-    start, bad = time.monotonic(), []
+    start = time.monotonic()
     warm_up()
-    sets = list(dict.fromkeys(m.tests for m in chosen))
-    fine = {}
-    for tests, (code, output) in zip(sets, run_all([(s, None) for s in sets], flags.jobs)):
-        fine[tests] = code == 0
-        print(f"{'pass' if code == 0 else 'FAIL'} without a mutant: {tests}", flush=True)
-        if code:
-            print(output[-1500:], flush=True)
-    ready = [m for m in chosen if fine[m.tests]]
-    bad += [m.name for m in chosen if not fine[m.tests]]
-    for mutant, result in zip(ready, run_all([(m.tests, m) for m in ready], flags.jobs)):
-        said = verdict(*result)
-        bad += [mutant.name] if not said.startswith("killed") else []
-        print(f"{mutant.name:50} {said}", flush=True)
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        bad = run_mutants(chosen, copy_tree(Path(folder) / "base"), flags.jobs)
     minutes = (time.monotonic() - start) / 60
     print(f"{len(chosen) - len(bad)} of {len(chosen)} killed in {minutes:.0f} minutes")
     print(*(f"not killed: {name}" for name in bad), sep="\n")
