@@ -214,8 +214,6 @@ MUTANTS = [
            "or differ(first, second)", ""),
     Mutant("grading: references are never bad", BOXES, "grading.py",
            "        if not met:\n", "        if False:\n"),
-    Mutant("grading: no limit of time", HANGS, "grading.py",
-           "signal.setitimer(signal.ITIMER_PROF, seconds)", "pass", 2),
     Mutant("thoughts: no transitions", THOUGHTS, "thoughts.py",
            "if TRANSITION.search(block):", "if False:"),
     Mutant("thoughts: per token", THOUGHTS, "thoughts.py",
@@ -260,7 +258,6 @@ MUTANTS = [
     Mutant("attention: scale missing", POLICY, "common.py",
            "(q * scaling).reshape", "q.reshape"),
     Mutant("attention: mask missing", POLICY, "common.py", ".add_(mask).softmax", ".softmax"),
-    Mutant("tied head: two tensors", POLICY, "common.py", "    lm.tie_weights()", "    # "),
     Mutant("reward: a truncated response keeps it", POLICY, "common.py",
            '0.0 if sample["truncated"] else reward', "reward"),
     Mutant("reward: of the next sample's reference", POLICY, "common.py",
@@ -471,6 +468,8 @@ MUTANTS = [
            "return [s for part in parts for s in part]"),
     Mutant("two ranks: both sample the first one's", TWO_RANKS, "common.py",
            "mine = range(rank // tp,", "mine = range(0,"),
+    Mutant("grading: no limit of time", HANGS, "grading.py",
+           "signal.setitimer(signal.ITIMER_PROF, seconds)", "pass", 2),
 ]
 # fmt: on
 
@@ -568,7 +567,7 @@ def run_mutants(mutants: list[Mutant], base: Path, jobs: int) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Run the mutants.")
+    parser = argparse.ArgumentParser(description="Run the mutants: docs/testing.md.")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="names, or parts of them")
     parser.add_argument("--list", action="store_true", help="print the names")
     parser.add_argument("--jobs", type=int, default=1, help="how many at a time (default 1)")
