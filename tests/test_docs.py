@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mutants
 import pyarrow.parquet
 import pytest
 import torch
@@ -273,6 +274,17 @@ def test_pre_commit_hooks_are_clean():
             cwd=ROOT, text=True, capture_output=True, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_mutants_are_of_this_code():
+    """Each old text stands in its file as often as tests/mutants.py says; the new one is Python."""
+    names = [m.name for m in mutants.MUTANTS]
+    assert len(names) == len(set(names)) >= 90
+    for m in mutants.MUTANTS:
+        text = (ROOT / m.file).read_text()
+        assert text.count(m.old) == m.count > 0 and m.old != m.new, m.name
+        compile(text.replace(m.old, m.new), m.file, "exec")
+        assert (ROOT / m.tests.split()[0]).is_file(), m.name
 
 
 def readme_commands(text: str) -> tuple[list[str], list[str]]:

@@ -6,15 +6,18 @@ import os
 import signal
 import subprocess
 import time
+import types
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pyarrow.parquet
 import pytest
 import warm
 from test_scripts import AUTHORS, metrics, run
 
 import common
+import evaluate as program
 import inputs
 import thoughts
 from lab import task
@@ -220,6 +223,23 @@ def test_summary_against_definitions():
     assert result["boxed"] == pytest.approx(1 / 5)
     assert result["thoughts/reflection"] == pytest.approx(12 / 35)
     assert result["thoughts/transition_per_1k_tokens"] == pytest.approx(12000 / (35 * 20))
+
+
+def test_rows_in_any_order(tmp_path):
+    """A problem's figures are of its own rows, wherever they stand; each data set is by itself."""
+    right = {0: [1, 0, 0], 1: [0, 0, 0], 2: [1, 1, 1]}
+    rows = [
+        dict(
+            dataset=dataset, problem=i, sample=j, response="\\boxed{1}", length=2,
+            reward=float(r if dataset == "a" else 1), truncated=False,
+        )
+        for dataset in ("a", "b") for i in right for j, r in enumerate(right[i])
+    ]  # fmt: skip
+    rows = rows[::2] + rows[1::2]
+    args = types.SimpleNamespace(num_samples=3)
+    result = program.results_of(pyarrow.Table.from_pylist(rows), "a", args)
+    assert result["avg@3"] == pytest.approx(4 / 9) and result["pass@3"] == pytest.approx(2 / 3)
+    assert result["problems"] == 3 and result["boxed"] == 1
 
 
 @pytest.mark.parametrize(

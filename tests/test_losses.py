@@ -149,11 +149,11 @@ def test_plan_microbatches():
             assert len(batch) <= 1 or width * len(batch) <= budget
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_microbatches(world_size, monkeypatch):
     """Every chosen sample once, over the ranks; a rank without one gets values that are all 0."""
     contexts, responses = [[1, 2]] * 5, [np.arange(3, 3 + n) for n in (4, 1, 7, 2, 3)]
-    values, seen = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0]), []
+    values, seen, fillers = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0]), [], 0
     args = types.SimpleNamespace(max_tokens_per_microbatch=12)
     monkeypatch.setattr(common.dist, "get_world_size", lambda: world_size)
     counts = set()
@@ -175,7 +175,9 @@ def test_microbatches(world_size, monkeypatch):
                 v for v, k in zip(expected, n) for _ in range(k)
             ]
             seen += [] if batch.is_filler else batch.index
+            fillers += batch.is_filler
     assert sorted(seen) == [0, 2, 4] and len(counts) == 1
+    assert fillers == (world_size == 4)  # three samples, and four ranks
 
 
 def test_split():
@@ -215,6 +217,13 @@ def test_bos_in_order_of_preference():
         with pytest.raises(SystemExit) as error:
             inputs.find_bos(tokenizer, token)
         assert error.value.code == 2
+
+
+def test_ids_that_can_occur():
+    """Neither padding of the embeddings nor tokens without one."""
+    for tokens, embeddings in ((5, 8), (8, 5)):
+        config = types.SimpleNamespace(vocab_size=embeddings)
+        assert inputs.num_tokens(range(tokens), config) == 5
 
 
 def test_oracle_is_not_ours():

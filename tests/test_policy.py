@@ -1,5 +1,6 @@
 """The trainer's policy: log-probs, gradients, contexts, ranks, checkpoints. Real FSDP2 on CPU."""
 
+import math
 import os
 import subprocess
 import types
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import warm
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
@@ -296,6 +298,67 @@ def test_checkpoint_and_export(request, tmp_path, tied):
         assert torch.equal(parameter.full_tensor(), exported[name])
 
 
+def test_flags_of_this_run_after_resuming(tiny_model_dir, tmp_path):
+    """Learning rate and weight decay are the command line's, not those that were saved."""
+    policy, args = load(tiny_model_dir)
+    optimizer = common.make_optimizer(policy, args)
+    (tmp_path / "args.json").write_text("{}")
+    harness.save_checkpoint(tmp_path, 7, policy, optimizer, args)
+    args.learning_rate, args.weight_decay = 3e-2, 0.5
+    optimizer = common.make_optimizer(policy, args)
+    path = tmp_path / "checkpoints" / "step_000007"
+    assert harness.load_checkpoint(tmp_path, policy, optimizer, path) == 7
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["weight_decay"], group["betas"]) == (3e-2, 0.5, (0.9, 0.999))
+
+
+def test_optimizer_step_by_hand(tiny_model_dir):
+    """AdamW's equations in float64, gradients below and above norm 1; none with a NaN."""
+    policy, args = load(tiny_model_dir, weight_decay=0.1)
+    optimizer = common.make_optimizer(policy, args)
+    parameters = list(policy.parameters())
+    weights = [p.detach().full_tensor().double() for p in parameters]
+    m, v = ([torch.zeros_like(w) for w in weights] for _ in range(2))
+    generator = torch.Generator().manual_seed(0)
+    for step, size in enumerate((1e-4, 1.0, 1e-2), 1):
+        g = [size * torch.randn(w.shape, generator=generator) for w in weights]
+        for p, each in zip(parameters, g):
+            p.grad = DTensor.from_local(each.clone(), p.device_mesh, p.placements)
+        g = [each.double() for each in g]
+        norm = sum((each**2).sum() for each in g).sqrt().item()
+        assert (norm < 1) == (step == 1)
+        assert common.optimizer_step(policy, optimizer) == pytest.approx(norm, rel=1e-4)
+        assert all(p.grad is None for p in parameters)
+        for i, each in enumerate(g):
+            each = each * min(1, 1 / norm)
+            m[i] = 0.9 * m[i] + 0.1 * each
+            v[i] = 0.999 * v[i] + 0.001 * each**2
+            mean, square = m[i] / (1 - 0.9**step), v[i] / (1 - 0.999**step)
+            weights[i] = weights[i] * (1 - 1e-2 * 0.1) - 1e-2 * mean / (square.sqrt() + 1e-8)
+            own = parameters[i].detach().full_tensor().double()
+            assert torch.allclose(own, weights[i], rtol=1e-5, atol=1e-5)
+    for bad in (float("nan"), float("inf")):
+        before = [p.detach().full_tensor().clone() for p in parameters]
+        for p in parameters:
+            p.grad = torch.full_like(p, bad)
+        assert not math.isfinite(common.optimizer_step(policy, optimizer))
+        assert all(torch.equal(p.full_tensor(), b) for p, b in zip(parameters, before))
+        assert all(p.grad is None for p in parameters)
+
+
+def test_skipped_updates_in_a_row(tmp_path):
+    """The third in a row ends the run; a finite gradient between them begins anew."""
+    said, nan = [], float("nan")
+    rest = ([{"ids": [1]}], torch.ones(1), said.append)
+    assert common.count_skipped(0, nan, tmp_path, 1, *rest) == 1
+    assert common.count_skipped(1, 2.5, tmp_path, 2, *rest) == 0
+    assert common.count_skipped(1, float("inf"), tmp_path, 4, *rest) == 2
+    with pytest.raises(RuntimeError, match="not finite 3 times in a row, last at step 5"):
+        common.count_skipped(2, nan, tmp_path, 5, *rest)
+    kept = sorted(path.name for path in (tmp_path / "skipped").iterdir())
+    assert kept == [f"step_{step:06d}.pt" for step in (1, 4, 5)] and len(said) == 3
+
+
 def test_rewards_are_of_the_samples_own_problem():
     """By index, in whatever order they come; a truncated response scores 0 with a correct box."""
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "lab" / "base")
@@ -308,3 +371,13 @@ def test_rewards_are_of_the_samples_own_problem():
     assert [s["reward"] for s in samples] == [1.0, 1.0, 0.0, 0.0]
     assert counts == {"verify/timeouts": 0, "verify/errors": 0}
     assert [s["text"] for s in samples[:2]] == [r"\boxed{13}", r"\boxed{10}"]
+
+
+def test_counts_are_of_all_ranks(monkeypatch):
+    """Time-outs and errors of verifying, where every rank has as many."""
+    monkeypatch.setattr(common.grading, "verify", lambda *words: ([1.0], 2, 3))
+    monkeypatch.setattr(common.dist, "all_reduce", lambda counts: counts.mul_(4))
+    tokenizer = types.SimpleNamespace(batch_decode=lambda ids, skip_special_tokens: ["1"])
+    samples = [{"index": 0, "ids": [5], "truncated": False}]
+    counts = common.verify(samples, ["1"], tokenizer, None, None)
+    assert counts == {"verify/timeouts": 8, "verify/errors": 12}
