@@ -22,7 +22,7 @@ args = types.SimpleNamespace(
     model=model,
     tensor_parallel_size=tp,
     dtype="float32",
-    context=48,
+    context=180,
     max_completion_length=32,
     temperature=0.8,
     seed=1,
@@ -34,7 +34,8 @@ args = types.SimpleNamespace(
 )
 rank, world_size, device = harness.init_distributed()
 path, config, tokenizer = inputs.load_model_files(args)
-problems = [{"id": i, "prompt_ids": [5 + i, 7, 9]} for i in range(6)]
+# Longer than a block of the KV cache: what all begin with is taken from it, if it is not reset
+problems = [{"id": i, "prompt_ids": [7, 9] * 70 + [5 + i, 7, 9]} for i in range(6)]
 prompts = [p["prompt_ids"] for p in problems for _ in range(4)]
 engine = common.make_engine(path, len(tokenizer), args)
 if args.tensor_parallel_size > 1 and hasattr(torch.ops._C, "init_shm_manager"):  # needs AVX-512
@@ -69,6 +70,22 @@ after = common.gather(common.rollout(engine, problems, 4, "after", [2, stop], ar
 gaps["after"] = common.canary(policy, prompts, after, args, device)["sync/logprob_gap"]
 
 harness.save_model(out, policy, config, tokenizer, path, torch.float32)
+
+# What the engine is asked for
+asked, generate = [], engine.generate
+
+
+def noted(prompts, params, **options):
+    asked.extend((p["prompt_token_ids"], s) for p, s in zip(prompts, params))
+    return generate(prompts, params, **options)
+
+
+engine.generate = noted
+common.rollout(engine, problems, 2, "5 1", [2, 6], args)
+args.top_p = 0.9
+common.rollout(engine, problems[::-1], 2, "5 1", [2, 6], args)
+common.rollout(engine, problems, 2, "5 2", [2, 6], args)
+engine.generate = generate
 
 
 # The exact check, on faults that are small or that leave all sums but one layer's as they were
@@ -123,6 +140,10 @@ if rank == 0:
             seen=seen,
             groups=everyone,
             prompts=prompts,
+            asked=[
+                (x, s.n, s.temperature, s.top_p, s.max_tokens, s.stop_token_ids, s.seed)
+                for x, s in asked
+            ],
             stop=stop,
             whole=[s["ids"] for s in whole],
             ids=[s["ids"] for s in after],

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import warm
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 600  # seconds that a mutant's tests may take; one that hangs for longer is killed by that
@@ -50,7 +51,7 @@ BOXES = "tests/test_grading.py -k 'boxed or right_and_wrong or conventions or ba
 HANGS = "tests/test_grading.py -k never_end"
 THOUGHTS = "tests/test_thoughts.py -k 'not linear'"
 PLOT = "tests/test_plot.py -k 'bands or table or methods'"
-FIGURES = "tests/test_evaluate.py -k 'summary or as_the_hub or in_any_order'"
+FIGURES = "tests/test_evaluate.py -k 'summary or as_the_hub or in_any_order or two_sets'"
 POLICY = (
     "tests/test_policy.py "
     "-k 'full_logits or prefix or plain_attention or own_problem or of_all_ranks'"
@@ -63,16 +64,16 @@ MODELS = (
     "tests/test_families.py -k 'refused or cannot_be or not_the_models or dropout or other_form'"
 )
 HEADS = "tests/test_families.py -k test_heads"
-ROLLOUT = "tests/test_loop.py -k 'rollout or two_sets'"
-SYNC = "tests/test_loop.py -k its_check"
-GRPO = "tests/test_loop.py -k grpo_baseline"
-PRERL = "tests/test_loop.py -k '[prerl]'"
-NSR = "tests/test_loop.py -k '[nsr_prerl]'"
-DSRL = "tests/test_loop.py -k '[dsrl]'"
-CLIP = "tests/test_loop.py -k importance_weights"
-SIGNS = "tests/test_loop.py -k left_out"
-RESUMED = "tests/test_loop.py -k resumed"
-TWO_RANKS = "tests/test_loop.py -k two_ranks"
+ENGINE = "tests/test_engine.py -k 1-1-2"
+GRPO = "tests/test_scripts.py -k '(steps_are or outputs_are or rewards_are) and grpo'"
+PRERL = "tests/test_scripts.py -k 'steps_are and [prerl]'"
+NSR = "tests/test_scripts.py -k 'steps_are and [nsr_prerl]'"
+DSRL = "tests/test_scripts.py -k '(steps_are or outputs_are) and [dsrl]'"
+CLIP = "tests/test_scripts.py -k importance_weights"
+SIGNS = "tests/test_scripts.py -k left_out"
+RESUMED = "tests/test_scripts.py -k resume_in"
+TWO_RANKS = "tests/test_scripts.py -k 'two_processes and nsr_prerl'"
+SAME_WEIGHTS = "tests/test_reliability.py -k train_on_nothing"
 
 # fmt: off
 MUTANTS = [
@@ -101,14 +102,14 @@ MUTANTS = [
     Mutant("sign weights: A = 0 always counts", LOSSES, "common.py",
            "positive != 0 and negative != 0", "positive != 0 or negative != 0"),
     Mutant("normaliser: tokens of samples that are not in the loss", LOSSES, "common.py",
-           "(lengths * chosen).sum()", "lengths.sum()"),
+           "(lengths * in_loss).sum()", "lengths.sum()"),
     Mutant("normaliser: all samples", LOSSES, "common.py",
-           "n = chosen.sum().clamp(min=1)", "n = len(chosen)"),
+           "n = in_loss.sum().clamp(min=1)", "n = len(in_loss)"),
     Mutant("normaliser: longest response for each", LOSSES, "common.py",
            "(n * lengths.clamp(min=1))", "(n * lengths.max().clamp(min=1)) + 0 * lengths"),
     Mutant("normaliser: without the longest length", LOSSES, "common.py", "(n * max_length)", "n"),
     Mutant("mask of the loss not applied", LOSSES, "common.py",
-           "return weight * chosen", "return weight"),
+           "return weight * in_loss", "return weight"),
     Mutant("ratio upside down", LOSSES, "common.py",
            "torch.exp(logp - old_logp)", "torch.exp(old_logp - logp)"),
     Mutant("clip: the larger objective", LOSSES, "common.py",
@@ -116,7 +117,7 @@ MUTANTS = [
     Mutant("clip: never", LOSSES, "common.py",
            "torch.minimum(ratio * A, clipped * A)", "ratio * A"),
     Mutant("clip: bounds swapped", LOSSES, "common.py",
-           "ratio.clamp(1 - clip_low, 1 + clip_high)", "ratio.clamp(1 - clip_high, 1 + clip_low)"),
+           "ratio.clamp(1 - clip[0], 1 + clip[1])", "ratio.clamp(1 - clip[1], 1 + clip[0])"),
     Mutant("dual clip: off", LOSSES, "common.py",
            "torch.where(A < 0, torch.maximum(objective, DUAL_CLIP * A), objective)", "objective"),
     Mutant("dual clip: of both signs", LOSSES, "common.py",
@@ -255,9 +256,9 @@ MUTANTS = [
            "out.last_hidden_state[:, -1:].expand", "out.last_hidden_state[:, :1].expand"),
     Mutant("prefix: one token more is cut", POLICY, "common.py",
            "x[len(prefix) :] for x in contexts", "x[len(prefix) + 1 :] for x in contexts"),
-    Mutant("attention: scale missing", POLICY, "common.py",
+    Mutant("attention: scale missing", POLICY, "workarounds.py",
            "(q * scaling).reshape", "q.reshape"),
-    Mutant("attention: mask missing", POLICY, "common.py", ".add_(mask).softmax", ".softmax"),
+    Mutant("attention: mask missing", POLICY, "workarounds.py", ".add_(mask).softmax", ".softmax"),
     Mutant("reward: a truncated response keeps it", POLICY, "common.py",
            '0.0 if sample["truncated"] else reward', "reward"),
     Mutant("reward: of the next sample's reference", POLICY, "common.py",
@@ -300,7 +301,7 @@ MUTANTS = [
            "parameter.detach().to(device).half().to(dtype).full_tensor()"),
     Mutant("canary: of one rank", RANKS, "common.py",
            "    dist.all_reduce(total)\n    return {", "    return {"),
-    Mutant("alignment: dot of one rank's shards", RANKS, "common.py",
+    Mutant("alignment: dot of one rank's shards", RANKS, "grad_alignment.py",
            "    dist.all_reduce(total)\n    return total", "    return total"),
     # ----------------------------------------------------------------------- models and their heads
     Mutant("models: mixtures of experts", MODELS, "models.py", 'if "expert" in name', "if False"),
@@ -322,39 +323,40 @@ MUTANTS = [
     Mutant("head: softcap's gradient", HEADS, "common.py",
            "d.copy_(z if bend is None else z.mul_(bend))", "d.copy_(z)"),
     # ----------------------------------------------------------------------------- rollout and sync
-    Mutant("sampling: top_p ignored", ROLLOUT, "common.py",
+    Mutant("sampling: top_p ignored", ENGINE, "common.py",
            'top_p=getattr(args, "top_p", 1.0)', "top_p=1.0"),
-    Mutant("sampling: temperature missing", ROLLOUT, "common.py",
+    Mutant("sampling: temperature missing", ENGINE, "common.py",
            "temperature=args.temperature,", "temperature=1.0,"),
-    Mutant("sampling: one seed for all problems", ROLLOUT, "common.py",
+    Mutant("sampling: one seed for all problems", ENGINE, "common.py",
            "f\"{seed} {problems[i]['id']}\"", 'f"{seed}"'),
-    Mutant("sampling: seed by the place in the batch", ROLLOUT, "common.py",
+    Mutant("sampling: seed by the place in the batch", ENGINE, "common.py",
            "f\"{seed} {problems[i]['id']}\"", 'f"{seed} {i}"'),
-    Mutant("sampling: seed without the step", ROLLOUT, "common.py",
+    Mutant("sampling: seed without the step", ENGINE, "common.py",
            "f\"{seed} {problems[i]['id']}\"", "f\"{problems[i]['id']}\""),
-    Mutant("sampling: no stop tokens", ROLLOUT, "common.py",
+    Mutant("sampling: no stop tokens", ENGINE, "common.py",
            "stop_token_ids=stop,", "stop_token_ids=[],"),
-    Mutant("sampling: truncated from the wrong finish reason", ROLLOUT, "common.py",
+    Mutant("sampling: truncated from the wrong finish reason", ENGINE, "common.py",
            'y.finish_reason == "length"', 'y.finish_reason == "stop"'),
-    Mutant("sampling: EOS dropped", ROLLOUT, "common.py",
+    Mutant("sampling: EOS dropped", ENGINE, "common.py",
            "np.array(y.token_ids, dtype", "np.array(y.token_ids[:-1], dtype"),
-    Mutant("sampling: index by number, then problem", ROLLOUT, "common.py",
+    Mutant("sampling: index by number, then problem", ENGINE, "common.py",
            "index=i * num_samples + g,", "index=i + g * len(problems),"),
-    Mutant("evaluation: a seed of its own", ROLLOUT, "common.py",
+    Mutant("evaluation: a seed of its own", FIGURES, "common.py",
            'f"{args.seed} eval"', '"eval"'),
-    Mutant("evaluation: sets overlap", ROLLOUT, "common.py",
+    Mutant("evaluation: sets overlap", FIGURES, "common.py",
            "start += len(each) * k", "start += len(each)"),
-    Mutant("evaluation: references by number", ROLLOUT, "common.py",
+    Mutant("evaluation: references by number", FIGURES, "common.py",
            '[p["answer"] for p in problems for _ in range(k)]',
            '[p["answer"] for _ in range(k) for p in problems]'),
-    Mutant("sync: prefix cache stays", SYNC, "common.py", "    engine.reset_prefix_cache()\n", ""),
-    Mutant("sync: a tied head is not sent", SYNC, "common.py",
+    Mutant("sync: prefix cache stays", ENGINE, "common.py",
+           "    engine.reset_prefix_cache()\n", ""),
+    Mutant("sync: a tied head is not sent", ENGINE, "common.py",
            'names.append("lm_head.weight")', "pass"),
-    Mutant("sync: padded vocabulary", SYNC, "common.py",
+    Mutant("sync: padded vocabulary", ENGINE, "common.py",
            "weight = weight[:vocab_size]", "pass"),
-    Mutant("sync: check sees nothing", SYNC, "common.py",
+    Mutant("sync: check sees nothing", ENGINE, "common.py",
            "if held != expected.get(group):", "if False:"),
-    Mutant("sync: check of norms only", SYNC, "common.py",
+    Mutant("sync: check of norms only", ENGINE, "common.py",
            "for group in {*expected, *parts[first]}:", "for group in ('norm',):"),
     # ----------------------------------------------------------------------------- the four scripts
     Mutant("GRPO: x dropped", GRPO, "grpo_baseline.py",
@@ -374,7 +376,7 @@ MUTANTS = [
     Mutant("GRPO: prompts by number", GRPO, "grpo_baseline.py",
            'p["prompt_ids"] for p in problems for _ in range(args.num_generations)',
            'p["prompt_ids"] for _ in range(args.num_generations) for p in problems'),
-    Mutant("GRPO: sampling seed without the step", GRPO, "grpo_baseline.py",
+    Mutant("GRPO: sampling seed without the step", SAME_WEIGHTS, "grpo_baseline.py",
            'f"{args.seed} {step}"', 'f"{args.seed}"'),
     Mutant("GRPO: data order without the seed", GRPO, "grpo_baseline.py",
            "args.num_prompts, args.seed)", "args.num_prompts, 1)"),
@@ -395,11 +397,11 @@ MUTANTS = [
            "(logp - old_logp).exp()", "(logp - old_logp + 1).exp()"),
     Mutant("completions: finish reasons swapped", GRPO, "harness.py",
            '"length" if s["truncated"] else "stop"', '"stop" if s["truncated"] else "length"'),
-    Mutant("alignment: sign", PRERL, "common.py",
+    Mutant("alignment: sign", PRERL, "grad_alignment.py",
            '"alignment/cosine_to_grpo": cosine', '"alignment/cosine_to_grpo": -cosine'),
-    Mutant("alignment: of this update's own space", PRERL, "common.py",
+    Mutant("alignment: of this update's own space", PRERL, "grad_alignment.py",
            "(prompts, grpo))", "(contexts, grpo))"),
-    Mutant("alignment: gradients stay", PRERL, "common.py",
+    Mutant("alignment: gradients stay", PRERL, "grad_alignment.py",
            "        parameter.grad = None\n", ""),
     Mutant("PreRL: x kept", PRERL, "prerl.py",
            "contexts = [[bos]] * len(prompts)", "contexts = prompts"),
@@ -446,8 +448,9 @@ MUTANTS = [
     Mutant("clip fraction: what is inside", CLIP, "common.py", "outside.sum()", "(~outside).sum()"),
     Mutant("mini-batches: one", CLIP, "grpo_baseline.py",
            "common.split(in_loss, args.num_minibatches, step)", "common.split(in_loss, 1, step)"),
-    Mutant("resume: a step again", RESUMED, "dsrl.py", "range(done + 1,", "range(max(1, done),"),
-    Mutant("resume: a step left out", RESUMED, "dsrl.py",
+    Mutant("resume: a step again", RESUMED, "grpo_baseline.py",
+           "range(done + 1,", "range(max(1, done),"),
+    Mutant("resume: a step left out", RESUMED, "grpo_baseline.py",
            "range(done + 1,", "range(done + 1 + (done > 0),"),
     Mutant("resume: the oldest checkpoint", RESUMED, "harness.py",
            "found[-1] if found", "found[0] if found"),
@@ -577,6 +580,7 @@ def main() -> int:
         print(*(f"{m.name:50} {m.file:18} {m.tests}" for m in chosen), sep="\n")
         return 0
     start = time.monotonic()
+    warm.python()  # one server for the tests' commands
     warm_up()
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         bad = run_mutants(chosen, copy_tree(Path(folder) / "base"), flags.jobs)

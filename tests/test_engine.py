@@ -19,7 +19,7 @@ from vllm import LLM, SamplingParams
 folder, out = sys.argv[1:]
 result = torch.load(out + "/result.pt", weights_only=False)
 engine = LLM(folder, dtype="float32", enforce_eager=True, kv_cache_memory_bytes=1 << 28,
-             max_model_len=64, hf_overrides={"vocab_size": 96})
+             max_model_len=200, hf_overrides={"vocab_size": 96})
 rows = [{"prompt_token_ids": list(map(int, x)) + list(map(int, y))}
         for x, y in zip(result["prompts"], result["ids"])]
 outputs = engine.generate(rows, SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
@@ -85,6 +85,8 @@ def test_sync_and_parallelism(tmp_path, world_size, tp, kv_heads, tied):
         assert not ends & set(y[:-1].tolist())
         assert truncated == (y[-1] not in ends) and (len(y) == 32 or not truncated)
     assert any(y[-1] == result["stop"] for y in result["ids"])
+    if world_size == 1:
+        check_requests(result["asked"], result["prompts"][::4])
     # Identical within a tensor-parallel group, different across groups.
     groups = result["groups"]
     assert all(groups[r] == groups[r // tp * tp] for r in range(world_size))
@@ -106,6 +108,16 @@ def test_sync_and_parallelism(tmp_path, world_size, tp, kv_heads, tied):
         assert torch.allclose(cut, torch.from_numpy(engine), atol=1e-4)
         whole = logits.log_softmax(-1).gather(1, picked)[:, 0]
         assert torch.allclose(whole, torch.tensor(new), atol=1e-4)
+
+
+def check_requests(asked: list[tuple], prompts: list[list[int]]) -> None:
+    """Of three rollouts: in order and reversed with step 1's seed, then with step 2's."""
+    xs, seeds = [row[0] for row in asked], [row[-1] for row in asked]
+    assert xs == prompts + prompts[::-1] + prompts
+    assert all(row[1:3] == (2, 0.8) and row[4:6] == (32, [2, 6]) for row in asked)
+    assert [row[3] for row in asked] == [1.0] * 6 + [0.9] * 12
+    # A seed is the problem's and the step's, in whatever order they come
+    assert seeds[:6] == seeds[11:5:-1] and len(set(seeds)) == 12
 
 
 def fresh_logprobs(out: Path, env: dict) -> list[list[float]]:

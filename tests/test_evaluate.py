@@ -225,6 +225,36 @@ def test_summary_against_definitions():
     assert result["thoughts/transition_per_1k_tokens"] == pytest.approx(12000 / (35 * 20))
 
 
+def test_evaluation_of_two_sets(monkeypatch):
+    """Each set's figures are of its own samples and answers; the seed is --seed's alone."""
+    seeds = []
+
+    def rollout(engine, problems, k, seed, stop, args):
+        seeds.append(seed)
+        return [dict(index=i, ids=[5], truncated=False) for i in range(len(problems) * k)]
+
+    def verify(samples, references, tokenizer, verifier, args):
+        for s in samples:  # of two samples the first is right if the answer is 1
+            reward = float(references[s["index"]] == "1" and s["index"] % 2 == 0)
+            s |= dict(reward=reward, length=1, boxed=True, thoughts=thoughts.count(""))
+
+    for function in (rollout, verify):
+        monkeypatch.setattr(common, function.__name__, function)
+    monkeypatch.setattr(common, "gather", lambda samples: samples)
+    args = types.SimpleNamespace(seed=1, eval_num_samples=2)
+    sets = {
+        name: [{"id": i, "answer": answer} for i, answer in enumerate(answers)]
+        for name, answers in {"x/a.jsonl": "1100", "b": "011"}.items()
+    }
+    first, again = (common.evaluate(None, sets, [2], None, None, args) for _ in range(2))
+    args.seed = 2
+    common.evaluate(None, sets, [2], None, None, args)
+    assert first["eval/a/avg@2"] == 0.25 and first["eval/a/pass@2"] == 0.5
+    assert first["eval/b/avg@2"] == pytest.approx(1 / 3) and first == again
+    assert first["eval/b/pass@2"] == pytest.approx(2 / 3)
+    assert seeds[0] == seeds[1] != seeds[2] and "eval" in seeds[0]
+
+
 def test_rows_in_any_order(tmp_path):
     """A problem's figures are of its own rows, wherever they stand; each data set is by itself."""
     right = {0: [1, 0, 0], 1: [0, 0, 0], 2: [1, 1, 1]}

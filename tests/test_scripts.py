@@ -69,28 +69,43 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+# Of the shared runs. The seed and the decay are not the preset's: they must have an effect.
+SHARED = "--seed 2 --weight-decay 0.1 --save-every 2 --eval-every 2 --alignment-every 1".split()
+
+
+class Runs(dict):
+    """Script -> folder of a run of 3 steps in one process, DSRL's switch after step 2.
+
+    A run is made when a test asks for it. `outputs` has what it printed.
+    """
+
+    def __init__(self, place: Path):
+        self.place, self.outputs = place, {}
+
+    def __missing__(self, script: str) -> Path:
+        self[script] = self.place / script
+        flags = [*SHARED, "--num-steps", "3"]
+        flags += ["--warmup-steps", "2"] if script == "dsrl" else []
+        self.outputs[script] = run(script, self[script], *flags)
+        return self[script]
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """One-process runs of 3 steps of every script, DSRL's switch after step 2."""
-    folders, outputs = {}, {}
-    for script in SCRIPTS:
-        folders[script] = tmp_path_factory.mktemp("runs") / script
-        flags = ["--num-steps", "3", "--save-every", "2", "--eval-every", "3"]
-        flags += ["--warmup-steps", "2"] if script == "dsrl" else []
-        outputs[script] = run(script, folders[script], *flags)
-    return folders, outputs
+    return Runs(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_outputs_are_complete(runs, script):
-    folder, output = runs[0][script], runs[1][script]
+    folder, output = runs[script], runs.outputs[script]
     rows = metrics(folder)
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     for row in rows[1:]:
         assert set(KEYS) <= set(row)
         assert row["sync/logprob_gap"] < 1e-5
         assert row["policy/counted_samples"] > 0 and row["policy/grad_norm"] > 0
-    assert {"eval/lab/avg@2", "eval/lab/pass@2"} <= set(rows[0]) & set(rows[3])
+    assert [row["step"] for row in rows if "eval/lab/avg@2" in row] == [0, 2, 3]
+    assert rows[0]["eval/lab/pass@2"] >= rows[0]["eval/lab/avg@2"] > 0
     phases = {"grpo_baseline": ["rl"] * 3, "dsrl": ["pretrain", "pretrain", "rl"]}
     assert [row["phase"] for row in rows[1:]] == phases.get(script, ["pretrain"] * 3)
 
@@ -114,13 +129,14 @@ def test_outputs_are_complete(runs, script):
 
     lines = [line for line in output.splitlines() if line.startswith("step ")]
     assert len(lines) == 4, output
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_000002"]
     assert "a response ends at <eos>\n" in output and "a prompt ends in 'Q " in output
     assert "WARNING" not in output and "Traceback" not in output and "failed" not in output
 
 
 def test_a_checkpoint_becomes_a_model(runs, tmp_path):
     """export.py on the checkpoint of step 2: the weights that a run of 2 steps leaves."""
-    folder = runs[0]["grpo_baseline"]
+    folder = runs["grpo_baseline"]
     checkpoint = folder / "checkpoints" / "step_000002"
     command = [*warm.python(), "export.py", "--checkpoint", str(checkpoint), "--output-dir"]
     done = subprocess.run(
@@ -145,7 +161,7 @@ def test_a_checkpoint_becomes_a_model(runs, tmp_path):
 def test_rewards_are_true(runs, script):
     """Each sample's reward, from its prompt and response alone, and how it ended."""
     for step in (1, 2, 3):
-        for row in completions(runs[0][script], step):
+        for row in completions(runs[script], step):
             value, count = map(int, re.fullmatch(r"Q (\d+)#(\d) A", row["prompt"]).groups())
             boxed = task.boxed_answer(row["response"])
             correct = boxed == f"{task.chain(value, count)[-1]:02d}"
@@ -157,7 +173,7 @@ def test_rewards_are_true(runs, script):
 
 def test_negatives_only(runs):
     """NSR-PreRL counts the samples with A < 0: wrong ones in groups that have a right one."""
-    folder = runs[0]["nsr_prerl"]
+    folder = runs["nsr_prerl"]
     rows = completions(folder, 2)
     counted = [row for row in rows if row["advantage"] < 0]
     assert all(row["reward"] == 0 for row in counted)
@@ -171,72 +187,122 @@ def completions(folder: Path, step: int) -> list[dict]:
     ).to_pylist()
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_likelihood_is_that_of_the_space(runs, script):
-    """policy/logprob of step 1, scored again with transformers: with x for GRPO, with BOS else."""
-    model = AutoModelForCausalLM.from_pretrained(ROOT / "lab" / "base")
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "lab" / "base")
-    logps = []
-    for row in completions(runs[0][script], 1):
-        x, y = tokenizer.encode(row["prompt"]), tokenizer.encode(row["response"])
-        y += [tokenizer.eos_token_id] * (row["finish_reason"] == "stop")
-        assert (x, y) == (row["prompt_ids"], row["response_ids"])
-        A = row["advantage"]
-        if A < 0 or (A > 0 and script in ("grpo_baseline", "prerl")):
-            with torch.no_grad():
-                context = x if script == "grpo_baseline" else [1]  # <bos>
-                logps.append(one_step.log_probs(model, context, y))
-    assert metrics(runs[0][script])[1]["policy/logprob"] == pytest.approx(
-        torch.cat(logps).mean().item(), rel=1e-4
-    )
+class Oracle:
+    """The base model in float64 with an AdamW of its own."""
+
+    def __init__(self, weight_decay: float):
+        self.model = AutoModelForCausalLM.from_pretrained(ROOT / "lab" / "base").double()
+        self.before = torch.cat([p.detach().flatten() for p in self.model.parameters()])
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=1e-3, betas=(0.9, 0.999), weight_decay=weight_decay
+        )
+
+    def gradient(self, A, in_loss, contexts, ys) -> torch.Tensor:
+        self.optimizer.zero_grad()
+        one_step.backward(self.model, A, in_loss, contexts, ys)
+        return torch.cat([p.grad.flatten() for p in self.model.parameters()])
+
+    def assert_reached(self, folder: Path) -> None:
+        """The run moved its weights as this model's were moved."""
+        trained = AutoModelForCausalLM.from_pretrained(folder / "model").double()
+        own = torch.cat([p.detach().flatten() for p in trained.parameters()]) - self.before
+        here = torch.cat([p.detach().flatten() for p in self.model.parameters()]) - self.before
+        assert torch.cosine_similarity(own, here, dim=0) > 0.999
+        assert own.norm() == pytest.approx(here.norm().item(), rel=1e-2)
+
+
+def read_step(folder: Path, step: int):
+    """Samples of a step: prompts, responses, and rewards [8, 4]."""
+    samples = completions(folder, step)
+    r = torch.tensor([s["reward"] for s in samples], dtype=torch.float64).view(8, 4)
+    return samples, [s["prompt_ids"] for s in samples], [s["response_ids"] for s in samples], r
+
+
+METHODS = {"grpo_baseline": one_step.grpo, "prerl": one_step.prerl, "nsr_prerl": one_step.nsr_prerl}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_steps_are_one_steps(runs, script):
-    """Three steps, DSRL's switch among them, against one_step.py in float64 on the same samples."""
-    model = AutoModelForCausalLM.from_pretrained(ROOT / "lab" / "base").double()
-    before = [p.detach().clone() for p in model.parameters()]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
-    methods = {"grpo_baseline": one_step.grpo, "prerl": one_step.prerl}
-    methods |= {"nsr_prerl": one_step.nsr_prerl}
-    for row in metrics(runs[0][script])[1:]:
-        samples = completions(runs[0][script], row["step"])
-        r = torch.tensor([s["reward"] for s in samples], dtype=torch.float64).view(8, 4)
-        xs, ys = [s["prompt_ids"] for s in samples], [s["response_ids"] for s in samples]
+    """Three steps, DSRL's switch among them, against one_step.py in float64 on the same samples.
+
+    The problems, A, samples in the loss, loss, gradient, its cosine with GRPO's, log-probs in both
+    places, and where the weights end.
+    """
+    folder, oracle = runs[script], Oracle(weight_decay=0.1)
+    problems = inputs.load_problems("lab", "train")
+    for i, problem in enumerate(problems):
+        problem["id"] = i
+    for row in metrics(folder)[1:]:
+        samples, xs, ys, r = read_step(folder, row["step"])
+        wanted = inputs.pick_problems(problems, row["step"], 8, 2)
+        assert [s["prompt"] for s in samples] == [p["problem"] for p in wanted for _ in range(4)]
         if script == "dsrl":
             A, in_loss, contexts = one_step.dsrl(r, xs, 1, row["step"], 2)
         else:
-            A, in_loss, contexts = methods[script](r, xs, 1)
+            A, in_loss, contexts = METHODS[script](r, xs, 1)
         assert A.flatten().tolist() == pytest.approx([s["advantage"] for s in samples], abs=1e-6)
         assert in_loss.flatten().tolist() == [s["in_loss"] for s in samples]
+        counted = [y for y, kept in zip(ys, in_loss.flatten()) if kept]
+        assert row["policy/counted_samples"] == len(counted)
+        assert row["policy/counted_tokens"] == sum(map(len, counted))
         with torch.no_grad():  # what was sampled, with which probability, before this step's update
-            logps = [one_step.log_probs(model, x, y) for x, y in zip(xs, ys)]
+            logps = [one_step.log_probs(oracle.model, x, y) for x, y in zip(xs, ys)]
+            computed = [
+                one_step.log_probs(oracle.model, context, y)
+                for a, kept, context, y in zip(A.flatten(), in_loss.flatten(), contexts, ys)
+                if kept and a
+            ]
         saved = torch.tensor([p for s in samples for p in s["logprobs"]], dtype=torch.float64)
         assert (torch.cat(logps) - saved).abs().mean() < 1e-5
+        assert row["policy/logprob"] == pytest.approx(torch.cat(computed).mean().item(), rel=1e-4)
+        grpo = oracle.gradient(*one_step.grpo(r, xs, 1), ys)
         # The step again from what is saved of it: A, which samples are in the loss, their tokens
         A = torch.tensor([s["advantage"] for s in samples], dtype=torch.float64)
         in_loss = torch.tensor([s["in_loss"] for s in samples])
-        _, gradient = one_step.step(model, optimizer, A, in_loss, contexts, ys)
+        _, gradient = one_step.step(oracle.model, oracle.optimizer, A, in_loss, contexts, ys)
         assert row["policy/grad_norm"] == pytest.approx(gradient.norm().item(), rel=1e-3)
-    trained = AutoModelForCausalLM.from_pretrained(runs[0][script] / "model").double()
-    own = torch.cat([(p - b).flatten() for p, b in zip(trained.parameters(), before)])
-    oracle = torch.cat([(p - b).flatten() for p, b in zip(model.parameters(), before)])
-    assert torch.cosine_similarity(own, oracle, dim=0) > 0.999
+        cosine = torch.cosine_similarity(gradient, grpo, dim=0).item()
+        assert row["alignment/cosine_to_grpo"] == pytest.approx(cosine, abs=1e-3)
+        # On-policy the ratio is 1: the loss is minus the mean of A over tokens
+        mean = sum(a * len(y) for a, y in zip(A[in_loss].tolist(), counted))
+        mean /= row["policy/counted_tokens"]
+        assert row["policy/loss"] == pytest.approx(-mean, abs=1e-5)
+        assert row["policy/clip_fraction"] == 0
+    oracle.assert_reached(folder)
 
 
-def test_clipping_and_minibatches(tmp_path):
-    """Two updates on one batch, negatives at half weight, against equation (2) in float64."""
-    flags = "--num-minibatches 2 --num-steps 1 --eval-every 0 --sign-weights 1 0.5"
-    flags += " --weight-decay 10"
-    run("grpo_baseline", tmp_path, *flags.split(), "--clip", "0.02", "0.03")
-    samples = completions(tmp_path, 1)
-    xs, ys = [s["prompt_ids"] for s in samples], [s["response_ids"] for s in samples]
-    r = torch.tensor([s["reward"] for s in samples], dtype=torch.float64).view(8, 4)
+def run_copy(script: str, folder: Path, old: str, new: str, *flags: str) -> None:
+    """Run a copy of the script with one piece of text replaced, beside the real helpers."""
+    text = (ROOT / f"{script}.py").read_text()
+    assert text.count(old) == 1
+    folder.mkdir(parents=True)
+    (folder / f"{script}.py").write_text(text.replace(old, new))
+    words = [*warm.python(), str(folder / f"{script}.py"), *SMALL, *flags]
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    done = subprocess.run(
+        [*words, "--output-dir", str(folder / "run")],
+        cwd=ROOT, env=env | {"PYTHONPATH": str(ROOT)}, text=True, capture_output=True, timeout=900,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_minibatches_clip_and_importance_weights(tmp_path):
+    """Two updates on one batch, negatives at half weight, against equation (2) in float64.
+
+    The sampler's log-probs are off by up to 0.1, so that the importance weights are not 1.
+    """
+    lap = '        clock.lap("time/canary")\n'
+    off = "        for s in samples:\n"
+    off += '            s["logprobs"] += 0.1 * torch.arange(s["length"]).cos().numpy()\n'
+    flags = "--num-minibatches 2 --num-steps 1 --eval-every 0 --sign-weights 1 0.5 --tis-cap 1.02"
+    flags += " --weight-decay 10 --clip 0.02 0.03"
+    run_copy("grpo_baseline", tmp_path / "copy", lap, lap + off, *flags.split())
+    folder = tmp_path / "copy" / "run"
+    samples, xs, ys, r = read_step(folder, 1)
     A = one_step.grpo(r, xs, 1)[0].flatten()
     A = torch.where(A > 0, A, 0.5 * A).tolist()
-    model = AutoModelForCausalLM.from_pretrained(ROOT / "lab" / "base").double()
-    before = [p.detach().clone() for p in model.parameters()]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=10.0)
+    oracle = Oracle(weight_decay=10.0)
+    model, optimizer = oracle.model, oracle.optimizer
     with torch.no_grad():
         old = [one_step.log_probs(model, x, y) for x, y in zip(xs, ys)]
     order = torch.randperm(len(A), generator=torch.Generator().manual_seed(1))
@@ -248,25 +314,37 @@ def test_clipping_and_minibatches(tmp_path):
             ratio = (one_step.log_probs(model, xs[i], ys[i]) - old[i]).exp()
             outside += ((ratio < 0.98) | (ratio > 1.03)).sum().item() if A[i] else 0
             tokens += len(ys[i]) if A[i] else 0
-            objective = A[i] * ratio.clamp(0.98, 10.0)  # dual clip, where A < 0
-            if A[i] >= 0:
-                objective = torch.minimum(ratio * A[i], ratio.clamp(0.98, 1.03) * A[i])
-            (-objective.sum() / count).backward()
+            objective = torch.minimum(ratio * A[i], ratio.clamp(0.98, 1.03) * A[i])
+            if A[i] < 0:
+                objective = objective.clamp(min=10 * A[i])  # dual clip
+            tis = (old[i] - torch.tensor(samples[i]["logprobs"])).exp()
+            assert tis.max() > 1.05 > 0.95 > tis.min()
+            (-(objective * tis.clamp(max=1.02)).sum() / count).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
         optimizer.step()
-    row = metrics(tmp_path)[0]
+    (row,) = metrics(folder)
     assert row["policy/grad_norm"] == pytest.approx(norm, rel=1e-3)
     assert row["policy/clip_fraction"] == pytest.approx(outside / tokens, abs=2e-3)
     assert row["policy/clip_fraction"] > 0.01
-    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "model").double()
-    own = torch.cat([(p - b).flatten() for p, b in zip(trained.parameters(), before)])
-    oracle = torch.cat([(p - b).flatten() for p, b in zip(model.parameters(), before)])
-    assert torch.cosine_similarity(own, oracle, dim=0) > 0.999
+    oracle.assert_reached(folder)
+
+
+def test_a_sign_that_is_left_out(tmp_path):
+    """--sign-weights 1 0: the mean is over the samples with A > 0."""
+    flags = "--num-steps 1 --eval-every 0 --sign-weights 1 0".split()
+    run("prerl", tmp_path, *flags)
+    samples, xs, ys, r = read_step(tmp_path, 1)
+    A, _, contexts = one_step.prerl(r, xs, 1)
+    assert [s["in_loss"] for s in samples] == (A.flatten() > 0).tolist()
+    gradient = Oracle(0.0).gradient(A, A > 0, contexts, ys)
+    assert metrics(tmp_path)[0]["policy/grad_norm"] == pytest.approx(
+        gradient.norm().item(), rel=1e-3
+    )
 
 
 def test_dsrl_begins_as_nsr_prerl(runs):
     """Steps 1..S are NSR-PreRL's: rollouts, losses, gradients, and the engine's next samples."""
-    nsr, dsrl = metrics(runs[0]["nsr_prerl"]), metrics(runs[0]["dsrl"])
+    nsr, dsrl = metrics(runs["nsr_prerl"]), metrics(runs["dsrl"])
     assert [learned(row) for row in nsr[:3]] == [learned(row) for row in dsrl[:3]]
     for key in ("reward/mean", "completion/length", "policy/entropy"):  # of what is sampled next
         assert nsr[3][key] == dsrl[3][key]
@@ -275,12 +353,12 @@ def test_dsrl_begins_as_nsr_prerl(runs):
 
 def test_dsrl_goes_on_as_grpo(runs, tmp_path):
     """Step S + 1 is GRPO's from the same weights and optimiser state, bitwise."""
-    state = runs[0]["dsrl"] / "checkpoints" / "step_000002"
-    flags = ["--num-steps", "3", "--eval-every", "0", "--resume", str(state)]
+    state = runs["dsrl"] / "checkpoints" / "step_000002"
+    flags = [*SHARED, "--num-steps", "3", "--eval-every", "0", "--resume", str(state)]
     run("grpo_baseline", tmp_path, *flags)
-    assert same(weights(tmp_path), weights(runs[0]["dsrl"]))
+    assert same(weights(tmp_path), weights(runs["dsrl"]))
     run("nsr_prerl", tmp_path / "nsr", *flags)
-    assert not same(weights(tmp_path / "nsr"), weights(runs[0]["dsrl"]))
+    assert not same(weights(tmp_path / "nsr"), weights(runs["dsrl"]))
 
 
 def test_warmup_in_the_posttrain_space(tmp_path):
@@ -300,15 +378,17 @@ def test_warmup_in_the_posttrain_space(tmp_path):
 
 def test_resume_in_the_same_folder(runs, tmp_path):
     """Stopped after step 2 and gone on with: the metrics and weights of the uninterrupted run."""
-    flags = ["--save-every", "2", "--eval-every", "3"]
+    flags = [*SHARED, "--save-every", "1"]
     run("grpo_baseline", tmp_path, *flags, "--num-steps", "2")
     run("grpo_baseline", tmp_path, *flags, "--num-steps", "3", "--resume", "auto")
-    whole = [learned(row) for row in metrics(runs[0]["grpo_baseline"])]
+    whole = [learned(row) for row in metrics(runs["grpo_baseline"])]
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["step_000002", "step_000003"]
     resumed = [learned(row) for row in metrics(tmp_path)]
     assert [row["step"] for row in resumed] == [0, 1, 2, 3]
     for a, b in zip(whole, resumed):  # the shorter run also evaluated after its last step
         assert all(b[key] == value for key, value in a.items())
-    assert same(weights(tmp_path), weights(runs[0]["grpo_baseline"]))
+    assert same(weights(tmp_path), weights(runs["grpo_baseline"]))
 
 
 @pytest.mark.parametrize(
@@ -323,10 +403,13 @@ def test_two_processes(runs, tmp_path, script, tensor_parallel, monkeypatch):
     temporary.mkdir()
     if tensor_parallel == 1:
         monkeypatch.setenv("TMPDIR", str(temporary))
-    flags = ["--num-processes", "2", "--tensor-parallel-size", str(tensor_parallel)]
+    flags = [*SHARED, "--num-processes", "2", "--tensor-parallel-size", str(tensor_parallel)]
+    flags += ["--max-tokens-per-microbatch", "1"] if script == "nsr_prerl" else []  # some fillers
     flags += ["--warmup-steps", "1"] if script == "dsrl" else []
     run(script, tmp_path, *flags, "--num-steps", "2", "--eval-every", "0")
-    one, two = metrics(runs[0][script]), metrics(tmp_path)
+    one, two = metrics(runs[script]), metrics(tmp_path)
+    responses = [[s["response_ids"] for s in completions(f, 1)] for f in (runs[script], tmp_path)]
+    assert responses[0] == responses[1]
     assert two[1]["step"] == 2 and two[1]["sync/logprob_gap"] < 1e-5
     for key in ("reward/mean", "completion/length", "policy/counted_tokens"):
         assert two[0][key] == one[1][key]
@@ -464,7 +547,7 @@ def test_unreadable_references(tmp_path):
 
 
 def test_folder_of_another_run_is_refused(runs):
-    assert "holds another run" in run("grpo_baseline", runs[0]["grpo_baseline"], code=2)
+    assert "holds another run" in run("grpo_baseline", runs["grpo_baseline"], code=2)
 
 
 def test_no_gpu_for_the_paper_setting():
@@ -482,7 +565,7 @@ def test_every_metric_is_explained(runs):
 
     seen = {"alignment/cosine_to_grpo"}  # tests/test_alignment.py
     for script in SCRIPTS:
-        for row in metrics(runs[0][script]):
+        for row in metrics(runs[script]):
             for key in row:
                 key = re.sub(r"^eval/\w+/", "eval/NAME/", re.sub(r"@\d+$", "@k", key))
                 seen.add(re.sub(r"thoughts/[a-z]+", "thoughts/KIND", key))

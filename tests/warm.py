@@ -26,7 +26,7 @@ import time
 import traceback
 from pathlib import Path
 
-ADDRESS = "WARM_PYTHON"  # the variable with the path of the server's socket
+ADDRESS = "WARM_PYTHON"  # variable of the tests' process: the path of the server's socket
 ROOM = " " * 4000  # in the server's arguments, for those of a command
 FORWARDED = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 
@@ -48,16 +48,16 @@ def python() -> list[str]:
             assert server.poll() is None, "the server of warm.py has failed"
             time.sleep(0.05)
         os.environ[ADDRESS] = address
-    return [sys.executable, "-S", "-E", __file__]
+    return [sys.executable, "-S", "-E", __file__, os.environ[ADDRESS]]
 
 
 # ------------------------------------------------------------------------------------------ client
 
 
-def client(words: list[str]) -> int:
+def client(address: str, words: list[str]) -> int:
     """Let the server run `python WORDS` with this process's files; returns its exit code."""
     server = socket.socket(socket.AF_UNIX)
-    server.connect(os.environ[ADDRESS])
+    server.connect(address)
     request = json.dumps([words, os.getcwd(), dict(os.environ)]).encode()
     socket.send_fds(server, [len(request).to_bytes(4, "big")], [0, 1, 2])
     server.sendall(request)
@@ -233,7 +233,7 @@ class Rank:
 if __name__ == "__main__":
     if sys.argv[1] == "serve":
         serve(sys.argv[2])
-    code = client(sys.argv[1:])
+    code = client(sys.argv[1], sys.argv[2:])
     if code < 0:  # ended by this signal, and so does the client
         signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
