@@ -125,7 +125,7 @@ from vllm import SamplingParams  # noqa: E402
 
 group = rank // tp
 outputs = engine.generate(
-    [{"prompt_token_ids": problems[group]["prompt_ids"]}],
+    [{"prompt_token_ids": [5 + group, 7, 9]}],
     SamplingParams(n=8, temperature=1.0, max_tokens=16, seed=3, detokenize=False),
     use_tqdm=False,
 )
