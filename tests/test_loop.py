@@ -289,13 +289,13 @@ def test_evaluation_of_two_sets(recorder, monkeypatch):
     args.seed, args.eval_num_samples, args.top_p = 1, 2, 1.0
     sets = {
         name: [{"id": i, "prompt_ids": [3], "answer": a} for i, a in enumerate(answers)]
-        for name, answers in {"x/a.jsonl": "1100", "b": "011"}.items()
+        for name, answers in {"x/a.jsonl": "1000", "b": "011"}.items()
     }
     first, again = (common.evaluate(recorder, sets, [2], tokenizer, None, args) for _ in range(2))
     args.seed = 2
     common.evaluate(recorder, sets, [2], tokenizer, None, args)
     # Of two samples the second is truncated and scores 0
-    assert first["eval/a/avg@2"] == 0.25 and first["eval/a/pass@2"] == 0.5
+    assert first["eval/a/avg@2"] == 0.125 and first["eval/a/pass@2"] == 0.25
     assert first["eval/b/avg@2"] == pytest.approx(1 / 3) and first == again
     assert first["eval/b/pass@2"] == pytest.approx(2 / 3)
     assert first["eval/a/length"] == 2.5 and first["eval/a/truncated"] == 0.5
