@@ -244,12 +244,12 @@ def test_evaluation_of_two_sets(monkeypatch):
     args = types.SimpleNamespace(seed=1, eval_num_samples=2)
     sets = {
         name: [{"id": i, "answer": answer} for i, answer in enumerate(answers)]
-        for name, answers in {"x/a.jsonl": "1100", "b": "011"}.items()
+        for name, answers in {"x/a.jsonl": "1000", "b": "011"}.items()
     }
     first, again = (common.evaluate(None, sets, [2], None, None, args) for _ in range(2))
     args.seed = 2
     common.evaluate(None, sets, [2], None, None, args)
-    assert first["eval/a/avg@2"] == 0.25 and first["eval/a/pass@2"] == 0.5
+    assert first["eval/a/avg@2"] == 0.125 and first["eval/a/pass@2"] == 0.25
     assert first["eval/b/avg@2"] == pytest.approx(1 / 3) and first == again
     assert first["eval/b/pass@2"] == pytest.approx(2 / 3)
     assert seeds[0] == seeds[1] != seeds[2] and "eval" in seeds[0]

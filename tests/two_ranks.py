@@ -32,7 +32,6 @@ args = types.SimpleNamespace(
     cpu_offload=False,
     tensor_parallel_size=1,
     max_tokens_per_microbatch=4096,
-    num_generations=1,
 )
 LIMIT = 10 if mode == "slow" else 120  # seconds, of a collective: a hang ends as an error
 dist.init_process_group = functools.partial(
@@ -79,6 +78,7 @@ if mode == "skew":
             gap = common.canary(policy, prompts, samples, args, device)["sync/logprob_gap"]
             A = torch.zeros(len(lengths))
             A[-1] = -1.0  # a single sample has a gradient: other ranks have none
+            args.num_generations = len(lengths)
             responses = [s["ids"] for s in samples]
             cosine = grad_alignment.alignment(
                 policy, [[1]] * len(A), prompts, responses, A, 1 + A, args, device
