@@ -301,8 +301,8 @@ def test_steps_that_train_on_nothing(tmp_path):
     assert {x for x, _ in first} == {x for x, _ in second} and first != second
     assert output.count("warning: ") == 3
     for line in (
-        "warning: step 0: 100% of the responses reached --max-completion-length 4 and get reward 0",
-        r"warning: step 0: no response has a \boxed{} answer",
+        "warning: step 0: 100% of the responses reached --max-completion-length 4 and get ",
+        r"warning: step 0: no response has its answer in \boxed{}, so all get reward 0",
         "warning: step 1: every group is all correct or all incorrect",
     ):
         assert line in output
