@@ -1,7 +1,7 @@
 """math-verify's algebra on two plain expressions. Only the verifier's processes import this.
 
-Importing it also compares a few pairs: the parser builds its tables on first use, which takes
-longer than most answers. The processes are forked from one that has done this once (grading.py).
+The import also compares a few pairs: the parser builds its tables on first use, which takes longer
+than most answers. The processes are forked from one that has imported this (grading.py).
 """
 
 import logging
@@ -20,12 +20,16 @@ CONFIG = replace(CONFIG, normalization_config=replace(CONFIG.normalization_confi
 
 
 def same_expression(answer: str, gold: str) -> bool:
-    """Are two expressions or equations equal, by math-verify's algebra?"""
+    """Are two expressions or equations equal, as strings or by math-verify's algebra?
+
+    Args:
+        answer, gold: LaTeX; gold is the reference answer.
+    """
     return answers.squeeze(answer) == answers.squeeze(gold) or same_value(answer, gold)
 
 
 def same_value(answer: str, gold: str) -> bool:
-    """As same_expression, but both must be readable even where they are the same string."""
+    """Like same_expression, but False if either cannot be parsed, even if the strings are equal."""
     first, second = read_expression(answer), read_expression(gold)
     if first is None or second is None or differ(first, second):
         return False
@@ -37,9 +41,9 @@ def same_value(answer: str, gold: str) -> bool:
 
 @lru_cache(64)  # a reference is compared with several responses
 def read_expression(text: str):
-    """LaTeX as a sympy object; None if it cannot be read.
+    """LaTeX as a sympy object; None if it cannot be parsed.
 
-    Decimals are exact, i is the imaginary unit however it is spaced, and variables are real.
+    Decimals become exact fractions, i is the imaginary unit, and variables are real.
     """
     parsed = parse(f"\\boxed{{{text}}}", extraction_config=[CONFIG], parsing_timeout=None)
     if not parsed or isinstance(parsed[0], str):
@@ -55,10 +59,10 @@ def read_expression(text: str):
 
 
 def differ(first, second) -> bool:
-    """Do two expressions have different values, at one choice of their variables?
+    """Do two expressions have different values for one choice of their variables?
 
-    math-verify compares with an absolute tolerance: 2^-98 equals 2^-99 there. And it simplifies
-    before it rejects, which takes longer than this.
+    math-verify has an absolute tolerance, by which 2^-98 equals 2^-99. It also simplifies before it
+    rejects, which takes longer than this.
     """
     if not all(isinstance(e, sympy.Expr) for e in (first, second)):
         return False

@@ -1,4 +1,4 @@
-r"""What an answer says, however it is spelled: the rules that read a box before any algebra.
+r"""Rules that read an answer, however it is spelled, before any algebra.
 
 Three layers, top to bottom:
 
@@ -7,7 +7,7 @@ Three layers, top to bottom:
 3. `equal` compares two shapes. Their parts, plain expressions, go to `same`, which is math-verify's
    algebra (grading.py).
 
-The conventions that these rules hold to are in docs/evaluation.md.
+docs/evaluation.md has the conventions behind these rules.
 """
 
 import json
@@ -139,7 +139,7 @@ def clean(text: str) -> str:
 
 
 def strip_ends(text: str) -> str:
-    r"""Without a leading "=", closing punctuation and braces around the whole.
+    r"""The answer without a leading "=", closing punctuation and braces around the whole.
 
     >>> strip_ends(r"= {\text{Monday.}}."), strip_ends(r"\text{A, B}")
     ('\\text{Monday.}', 'A, B')
@@ -157,7 +157,7 @@ def strip_ends(text: str) -> str:
 
 
 def match_brackets(text: str) -> dict[int, int]:
-    r"""Where each opening bracket closes. A half-open interval's brackets match each other.
+    r"""Where each opening bracket closes. The brackets of a half-open interval match each other.
 
     >>> match_brackets("[0,f(x))")
     {4: 6, 0: 7}
@@ -172,7 +172,7 @@ def match_brackets(text: str) -> dict[int, int]:
 
 
 def brace_arguments(text: str) -> str:
-    r"""Braces around the arguments of \frac and \sqrt.
+    r"""The answer with braces around the arguments of \frac and \sqrt.
 
     >>> brace_arguments(r"\frac\pi2 + \frac 1{x} + \sqrt3 + \sqrt(5) + \sqrt[3]2")
     '\\frac{\\pi}{2} + \\frac{1}{x} + \\sqrt{3} + \\sqrt{5} + \\sqrt[3]{2}'
@@ -196,7 +196,7 @@ def brace_arguments(text: str) -> str:
 
 
 def sqrt_of_digits(match: re.Match) -> str:
-    r"""LaTeX's \sqrt35 is √3·5, but nobody who writes √35 means that.
+    r"""The replacement of \sqrt35 by \sqrt{35}: LaTeX reads √3·5, which no writer means.
 
     >>> clean("√35"), clean(r"\sqrt35")
     ('\\sqrt{35}', '\\sqrt{35}')
@@ -208,7 +208,7 @@ def sqrt_of_digits(match: re.Match) -> str:
 
 
 class Shape(NamedTuple):
-    """What an answer is: its kind, its parts (texts, shapes or rows), and what else is known."""
+    """The shape of an answer: kind, parts (texts, shapes or rows), unit and percent sign."""
 
     kind: str  # plain word list tuple intervals matrix base ratio time equation relation phrase
     parts: tuple
@@ -398,7 +398,7 @@ def read_rows(body: str) -> tuple:
 
 
 def cuts(cell: str) -> list[int]:
-    """Where a row may have ended in a cell: before a command that follows a number or a brace."""
+    """Where a row may end inside a cell: before a command that follows a number or a brace."""
     return [m.start() for m in re.finditer(r"(?<=[0-9}])\\(?:frac|sqrt)", cell)]
 
 
@@ -677,7 +677,7 @@ def number(text: str) -> Fraction | None:
 
 
 def mixed(whole: int, top: int, low: int) -> Fraction | None:
-    """A mixed number; None where its fraction is not a proper one, as it may be a product."""
+    """The value of a mixed number; None if its fraction is not proper, as it may be a product."""
     return whole + Fraction(top, low) if top < low else None
 
 
@@ -685,7 +685,7 @@ def mixed(whole: int, top: int, low: int) -> Fraction | None:
 
 
 def references(gold: str) -> list[str]:
-    r"""The reference answers that a gold holds: one, or the strings of a JSON list.
+    r"""The reference answers in `gold`: itself, or the strings of a JSON list.
 
     >>> references('["1/2", "0.5"]'), references("[1, 2]")
     (['1/2', '0.5'], ['[1, 2]'])
@@ -699,12 +699,12 @@ def references(gold: str) -> list[str]:
 
 
 def equal(answer: str, gold: str, same) -> bool:
-    r"""Does an answer say the same as the reference?
+    r"""Is an answer equal to the reference answer?
 
     Args:
         answer: LaTeX, the content of a box.
-        gold: the reference answer, or a JSON list of strings, of which any will do.
-        same: same(answer, gold) of two plain expressions or equations, by algebra.
+        gold: the reference answer, or a JSON list of strings, any of which is correct.
+        same: same(answer, gold), which compares two plain expressions or equations by algebra.
 
     >>> def same(a, b): return a.replace(" ", "") == b.replace(" ", "")
     >>> equal(r"x \in (-1, 4]", r"-1 < x \le 4", same), equal("(1, 2)", "1, 2", same)
@@ -737,7 +737,7 @@ def equal_to(answer: str, gold: str, same) -> bool:
 
 
 def compare(a: Shape, g: Shape, same) -> bool:
-    """Two shapes: same kind and equal parts, or one of the pairs of kinds that say the same."""
+    """Are two shapes equal? They have one kind and equal parts, or two kinds that can be equal."""
     if "equation" in (a.kind, g.kind):
         return compare_equations(a, g, same)
     if "intervals" in (a.kind, g.kind):
@@ -773,14 +773,14 @@ def compare(a: Shape, g: Shape, same) -> bool:
 
 
 def all_same(first, second, same) -> bool:
-    """Texts, one by one."""
+    """Compare texts one by one."""
     return len(first) == len(second) and all(
         compare(read(a), read(b), same) for a, b in zip(first, second)
     )
 
 
 def compare_plain(a: Shape, g: Shape, same) -> bool:
-    r"""Numbers exactly, other expressions by algebra; two known units must be the same."""
+    r"""Compare numbers exactly, other expressions by algebra; two known units must be equal."""
     if a.unit and g.unit and a.unit != g.unit:
         return False
     first, second = a.parts[0], g.parts[0]
@@ -801,7 +801,7 @@ def compare_plain(a: Shape, g: Shape, same) -> bool:
 
 
 def compare_words(a: Shape, g: Shape, same) -> bool:
-    """Letters in their order; short lower-case words may also be products, which commute."""
+    """Compare letters in order; short lower-case words may also be products, which commute."""
     if a.kind == g.kind == "word":
         if a.parts == g.parts:
             return True
@@ -819,7 +819,7 @@ def compare_words(a: Shape, g: Shape, same) -> bool:
 
 
 def compare_lists(a: Shape, g: Shape, same) -> bool:
-    """Sets in any order, tuples in theirs."""
+    """Compare sets in any order and tuples in order."""
     if a.kind not in ("list", "tuple") or len(a.parts) != len(g.parts):
         return False
     if g.kind == "tuple" and a.kind == "list" and a.unit:
@@ -839,14 +839,14 @@ def compare_lists(a: Shape, g: Shape, same) -> bool:
 
 
 def has_order(g: Shape) -> bool:
-    """Is a list's order part of the answer? Three or more names that are not in the alphabet's."""
+    """Does a list's order matter? Yes if it is three or more names, not in alphabetical order."""
     names = [p.parts[0] for p in g.parts if p.kind == "word" or len(str(p.parts[0])) == 1]
     letters = [name for name in names if str(name).isalpha()]
     return len(letters) == len(g.parts) > 2 and letters != sorted(letters)
 
 
 def is_name(text: str) -> bool:
-    r"""Does an equation's left side only name a quantity, rather than state something of it?
+    r"""Does an equation's left side only name a quantity?
 
     >>> [is_name(t) for t in ("x", "f(2)", r"\angle ABC", "x^2+y^2", r"\frac{a}{b}")]
     [True, True, True, True, True]
@@ -865,7 +865,7 @@ def is_name(text: str) -> bool:
 
 
 def compare_equations(a: Shape, g: Shape, same) -> bool:
-    """`x = 5` for 5, true chains, and equations with the same solutions."""
+    """Compare equations: `x = 5` with 5, chains that hold, and equations with equal solutions."""
     if a.kind == g.kind:
         named = is_name(a.parts[0]), is_name(g.parts[0])
         if all(named) and squeeze(a.parts[0]) == squeeze(g.parts[0]):
@@ -882,7 +882,7 @@ def compare_equations(a: Shape, g: Shape, same) -> bool:
 
 
 def as_intervals(shape: Shape) -> tuple | None:
-    """Its intervals; (a, b) is one too."""
+    """The intervals of a shape; the pair (a, b) is one too."""
     if shape.kind == "intervals":
         return shape.parts
     if shape.kind == "tuple" and len(shape.parts) == 2 and shape.unit == "(":
@@ -891,7 +891,7 @@ def as_intervals(shape: Shape) -> tuple | None:
 
 
 def compare_intervals(a: tuple, g: tuple, same) -> bool:
-    """Unions in any order, ends and brackets exactly."""
+    """Compare unions in any order, with equal ends and brackets."""
 
     def end(x, y):
         x, y = (read(t) if isinstance(t, str) else t for t in (x, y))
@@ -916,7 +916,7 @@ def compare_intervals(a: tuple, g: tuple, same) -> bool:
 
 
 def compare_matrices(a: Shape, g: Shape, same) -> bool:
-    """Cell by cell; a tuple stands for a column or a row; with a factor outside, by algebra."""
+    """Compare matrices by cell. A tuple is a column or a row; a factor outside needs algebra."""
     if a.kind == g.kind:
         return (
             bool(g.parts)
@@ -940,7 +940,7 @@ def compare_matrices(a: Shape, g: Shape, same) -> bool:
 
 
 def compare_times(a: Shape, g: Shape) -> bool:
-    """Times of day; a clock's reading without a.m. or p.m. may be either, or of 24 hours."""
+    """Compare times of day; without a.m. or p.m. a time may be either, or of 24 hours."""
     if a.kind == g.kind:
         return a.parts == g.parts
     time, clock = (a, g) if a.kind == "time" else (g, a)
@@ -970,11 +970,11 @@ def usual_forms(text: str) -> list[str]:
 
 
 def meets_itself(gold: str, same) -> bool:
-    r"""Does a usual form of a reference answer meet it, without being the same string?
+    r"""Is a usual form of a reference answer, another string, equal to it?
 
     Args:
         gold: as in `equal`.
-        same: as in `equal`, but it must read both even where they are the same string.
+        same: as in `equal`, but False for equal strings that it cannot parse.
 
     >>> def same(a, b): return True
     >>> meets_itself(r"\begin{pmatrix}4\-3\end{pmatrix}", same), meets_itself("}{", same)

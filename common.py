@@ -1,9 +1,9 @@
 """The algorithm's helpers of the four training scripts: small, independent functions.
 
-They stand in the order of the step: engine and policy, then the numbered sections of the scripts'
-main, where the loop itself is. What a run reads is in inputs.py, which models it takes in
-models.py, whether an answer is correct in grading.py. Command line, output folder and checkpoints
-are in harness.py, what only a CPU, a library's fault or a private name needs in workarounds.py.
+Their order is that of a step: engine and policy, then the numbered sections of the scripts' main,
+which has the loop itself. inputs.py reads the model and the data, models.py says which models can
+be trained, grading.py decides whether an answer is correct. harness.py has command line, output
+folder and checkpoints; workarounds.py has what only a CPU or a fault of a library needs.
 """
 
 import math
@@ -28,14 +28,15 @@ import workarounds
 
 
 def make_engine(path: str, vocab_size: int, args, shared: bool = True):
-    """vLLM in this process. Ranks r*TP .. r*TP+TP-1 form one tensor-parallel engine.
+    """A vLLM engine in this process. Ranks r*TP .. r*TP+TP-1 form one tensor-parallel engine.
 
-    Weights are not read from disk: the first sync brings them. The engine's vocabulary is cut to
-    the ids that can occur, so that those Qwen pads its embeddings with are never sampled.
+    It starts with dummy weights, which the first sync replaces. Its vocabulary has only the ids
+    that can occur, so the ids with which Qwen pads its embeddings are never sampled.
 
     Args:
-        vocab_size: of inputs.num_tokens().
-        shared: the GPU is the trainer's between rollouts, so the engine then sleeps.
+        path: folder of the model.
+        vocab_size: number of ids that can occur: inputs.num_tokens().
+        shared: whether the trainer uses the GPU between rollouts; then the engine sleeps there.
     """
     if torch.cuda.is_available():
         workarounds.exact_float32()
@@ -65,14 +66,14 @@ def make_engine(path: str, vocab_size: int, args, shared: bool = True):
 
 
 def sleeps(engine) -> bool:
-    """Does the engine share its GPU with a trainer? Never on a CPU."""
+    """Does the engine share its GPU with a trainer? False on a CPU."""
     return engine.llm_engine.model_config.enable_sleep_mode
 
 
 def weights_stay(engine, args) -> bool:
-    """May the engine's weights stay on the GPU while the trainer works, so that none is copied?
+    """Can the engine's weights stay on the GPU during the update, so that they need no copying?
 
-    Yes, if a tenth of the card is still to spare. vLLM can do it since 0.32.
+    True if that leaves a tenth of the GPU's memory free. It needs vLLM 0.32 or later.
     """
     if not hasattr(engine, "release_kv_cache_memory"):
         return False
@@ -85,10 +86,13 @@ def weights_stay(engine, args) -> bool:
 
 
 def trainer_bytes(count: int, itemsize: int, config, args, world_size: int) -> float:
-    """What the trainer needs of one GPU, roughly; benchmark/hardware.py has the exact terms.
+    """A rough estimate of the trainer's memory on one GPU; benchmark/hardware.py is more exact.
 
-    float32 weights, gradients and two moments over the ranks; one micro-batch; embedding and head
-    with the head's gradient; and 3 GiB.
+    It adds up this rank's shard of float32 weights, gradients and two moments; one micro-batch;
+    embedding and head with the head's gradient; and 3 GiB.
+
+    Args:
+        count: parameters of the model; itemsize: bytes of a parameter in --dtype.
     """
     state = 0 if args.cpu_offload else 16 * count / world_size
     layers, hidden = config.num_hidden_layers, config.hidden_size
@@ -102,7 +106,7 @@ def trainer_bytes(count: int, itemsize: int, config, args, world_size: int) -> f
 
 
 def sleep(engine, args) -> None:
-    """Outside of rollouts the KV cache's memory is the trainer's, and the weights' if needed."""
+    """After a rollout: give the KV cache's memory to the trainer, and the weights' if needed."""
     if not sleeps(engine):
         return
     if weights_stay(engine, args):
@@ -116,10 +120,10 @@ def sleep(engine, args) -> None:
 
 
 def wake(engine, tag: str) -> None:
-    """Give the engine memory again: "weights" for a sync, then "kv_cache" for a rollout.
+    """Give memory back to the engine: "weights" for a sync, then "kv_cache" for a rollout.
 
-    One after the other, so that the KV cache never stands beside what a sync needs. What is awake
-    stays so.
+    The KV cache comes last, so that it takes no memory during a sync. It is no error to wake what
+    is awake.
     """
     if sleeps(engine) and engine.llm_engine.is_sleeping():
         torch.cuda.empty_cache()  # what the trainer has freed
@@ -132,19 +136,18 @@ def wake(engine, tag: str) -> None:
 class TokenLogprobs(torch.autograd.Function):
     """log softmax(f(h Wᵀ + b) / temperature)[y], a chunk of tokens at a time.
 
-    f(z) = cap·tanh(slope·z/cap), which is slope·z where cap is ∞: models.head_form(). b may be
-    None. Neither pass holds more than one chunk of logits, in one buffer; the backward computes
-    them again, but not their normaliser. The gradient of W adds up in place, where autograd would
-    make a new [V, H] for every chunk.
+    h is [n, H], W [V, H], b [V] or None, y [n]; the result is [n]. f(z) is cap·tanh(slope·z/cap),
+    or slope·z if cap is ∞: models.head_form(). Both passes hold the logits of one chunk only. The
+    backward pass computes them again, but not their normaliser. It adds up the gradient of W in
+    place, where autograd would make a new [V, H] for every chunk.
     """
 
     @staticmethod
     def logits(h, W, b, temperature: float, slope: float, cap: float, chunk: int):
-        """Of each chunk: its tokens (a slice), float32 logits [c, V], a like matrix in h's dtype.
+        """Yields each chunk's tokens (a slice), float32 logits [c, V], and [c, V] in h's dtype.
 
-        All chunks use the same memory: on a CPU, getting new memory takes longer than filling it.
-        Rows begin at multiples of 8: a tokenizer's odd number of words would cost a GPU its fast
-        kernels.
+        All chunks use the same memory: on a CPU, new memory takes longer to get than to fill. Rows
+        begin at multiples of 8, because a GPU has no fast kernels for an odd vocabulary size.
         """
         rows, words = min(chunk, len(h)), len(W)
         product = h.new_empty(rows, (words + 7) // 8 * 8)[:, :words]
@@ -195,9 +198,9 @@ class TokenLogprobs(torch.autograd.Function):
 
 
 class Policy(nn.Module):
-    """A Hugging Face causal LM whose forward gives log-probs of chosen tokens, never full logits.
+    """A Hugging Face causal LM whose forward returns log-probs of chosen tokens, never full logits.
 
-    A module of its own so that FSDP's root gathers embeddings and head around this very forward.
+    It is FSDP's root module, so that FSDP gathers embeddings and head for this forward.
     """
 
     def __init__(self, lm, vocab_size: int, temperature: float, chunk: int = 2048):
@@ -210,10 +213,10 @@ class Policy(nn.Module):
         """log π(token_t | prefix, tokens_<t), float32 [n], at the n marked tokens.
 
         Args:
-            tokens: [B, L], right-padded. Attention is causal, so padding needs no mask; positions
-                start at 0, whichever the context is.
-            is_response: bool [B, L].
-            prefix: tokens that come before each of the B rows, computed once for all of them.
+            tokens: [B, L], right-padded. Attention is causal, so padding needs no mask. Positions
+                start at 0 for either context, x or BOS.
+            is_response: bool [B, L], marks the n tokens.
+            prefix: tokens that come before each of the B rows; computed once for all rows.
         """
         cache, before, first = None, [], 1  # without a prefix nothing predicts the first token
         if prefix:
@@ -235,9 +238,9 @@ class Policy(nn.Module):
 
 
 def load_policy(path: str, config, vocab_size: int, args, device) -> Policy:
-    """The model sharded by FSDP2: compute in --dtype; master weights and reduce in float32.
+    """The policy, sharded by FSDP2: --dtype to compute, float32 master weights and reduction.
 
-    Rank 0 reads the checkpoint, the others receive their shards.
+    Rank 0 reads the model from the folder `path`; the other ranks receive their shards.
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
     from torch.distributed.device_mesh import init_device_mesh
@@ -283,7 +286,7 @@ def load_policy(path: str, config, vocab_size: int, args, device) -> Policy:
 def make_optimizer(policy, args):
     """AdamW with the paper's betas, over this rank's shards.
 
-    Fused: one pass over the weights. PyTorch's default on CUDA makes a float32 copy of them all.
+    The fused form needs no temporary memory; PyTorch's default on CUDA copies all weights.
     """
     return torch.optim.AdamW(
         policy.parameters(),
@@ -300,13 +303,13 @@ def make_optimizer(policy, args):
 def rollout(
     engine, problems: list[dict], num_samples: int, seed: str, stop: list[int], args
 ) -> list[dict]:
-    """Sample y ~ π(·|x): `num_samples` responses to each problem, this rank's share of them.
+    """Sample y ~ π(·|x): `num_samples` responses to each problem. Returns this rank's part.
 
-    Each tensor-parallel group takes every n-th problem; each of its ranks keeps a part of the
-    samples. A sample depends only on (seed, problem's id, its number), not on the ranks.
+    Each of n engines takes every n-th problem, and each of its ranks keeps some of the samples. A
+    sample depends on the seed, the problem's id and the sample's number, not on the ranks.
 
     Args:
-        stop: ids that end a response, of inputs.find_stop_tokens(). The one that does is part of y.
+        stop: ids that end a response: inputs.find_stop_tokens(). The stop token is part of y.
 
     Returns:
         dicts of index (problem * num_samples + number), ids (int32 [T], the stop token included),
@@ -352,7 +355,7 @@ def rollout(
 
 
 def gather(samples: list[dict]) -> list[dict]:
-    """Every rank's samples on every rank, by index."""
+    """The samples of all ranks, on every rank, sorted by index."""
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, samples)
     return sorted((s for part in parts for s in part), key=lambda s: s["index"])
@@ -362,13 +365,15 @@ def gather(samples: list[dict]) -> list[dict]:
 
 
 def verify(samples: list[dict], references: list[str], tokenizer, verifier, args) -> dict:
-    """Add text, reward and thoughts to this rank's samples; a truncated response gets reward 0.
+    """Add text, length, reward, boxed and thoughts to this rank's samples.
+
+    A truncated response gets reward 0.
 
     Args:
-        references: the reference answer of each of the step's samples, by index.
+        references: the reference answers of all samples of the step, by index.
 
     Returns:
-        the counts timeouts and errors.
+        verify/timeouts and verify/errors, summed over the ranks.
     """
     texts = tokenizer.batch_decode([s["ids"] for s in samples], skip_special_tokens=True)
     wanted = [references[s["index"]] for s in samples]
@@ -384,7 +389,7 @@ def verify(samples: list[dict], references: list[str], tokenizer, verifier, args
 
 
 def rollout_metrics(samples: list[dict], rewards: torch.Tensor, args) -> dict:
-    """What the step's samples look like."""
+    """Metrics of the step's samples, as docs/flags.md lists them; rewards: [N]."""
     solved = rewards.view(-1, args.num_generations).mean(1)  # [P]
     lengths = [s["length"] for s in samples]
     return {
@@ -402,13 +407,13 @@ def rollout_metrics(samples: list[dict], rewards: torch.Tensor, args) -> dict:
 
 @torch.no_grad()
 def canary(policy, prompts: list[list[int]], samples: list[dict], args, device) -> dict:
-    """The canary: up to 4 of the step's samples a rank, scored by the trainer, with the prompt.
+    """Compare the trainer's log-probs given x with the sampler's, on up to 4 samples per rank.
 
-    Runs before the update: the engine has these very weights, so the gap is rounding only; a large
-    one means that the sync failed.
+    This is the canary. It runs before the update, when the engine should have the policy's weights.
+    Then the gap is only rounding; a large gap means that the sync failed.
 
     Returns:
-        sync/logprob_gap, the mean |trainer's - sampler's log-prob| per token.
+        sync/logprob_gap: the mean over tokens of |trainer's - sampler's log-prob|, in nats.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     stride = max(1, len(samples) // (4 * world_size))
@@ -436,17 +441,24 @@ def sampler_logprobs(samples: list[dict], batch: list[int], device) -> torch.Ten
 
 
 def check_canary(gap: float, args) -> None:
-    """Stop if the engine's log-probs have left the trainer's."""
+    """End the run if the engine's log-probs are too far from the trainer's.
+
+    Args:
+        gap: sync/logprob_gap, in nats.
+
+    Raises:
+        RuntimeError: the gap is over 0.001 in float32 or 0.1 in bfloat16, or is NaN.
+    """
     limit = 0.001 if args.dtype == "float32" else 0.1
     if math.isnan(gap):
         raise RuntimeError(
-            "sync/logprob_gap is NaN: a weight is not finite. The last checkpoint is sound; a "
-            "smaller --learning-rate may help"
+            "sync/logprob_gap is NaN: a weight is not finite. Try a smaller --learning-rate or "
+            "--dtype float32"
         )
     if not gap <= limit:
         raise RuntimeError(
             f"sync/logprob_gap is {gap:.4g}, over {limit:g}: the engine samples from another "
-            "policy than the trainer's, so this step's update would be wrong"
+            "policy than the trainer's, so this step's update would be incorrect"
         )
 
 
@@ -454,11 +466,11 @@ def check_canary(gap: float, args) -> None:
 
 
 def advantages(rewards: torch.Tensor, group_size: int, kind: str) -> torch.Tensor:
-    """A [N] from r [N], whose groups of `group_size` neighbours answer the same problem.
+    """Advantages A [N] from rewards r [N]; each `group_size` neighbours form a group.
 
-    grpo: (r - group mean) / (group std + 1e-6), the sample's std (ddof 1), as verl. mean: r - group
-    mean. rloo: r - mean of the others in the group. reinforce++: (r - mean) / (std + 1e-6) over the
-    whole batch. sign: 1 if correct, -1 if not, whatever the group (arXiv 2506.01347).
+    grpo: (r - group mean) / (group std + 1e-6), with the sample std (ddof 1), as in verl.
+    mean: r - group mean. rloo: r - mean of the others in the group. reinforce++: (r - mean) /
+    (std + 1e-6) over the whole batch. sign: 1 if correct, -1 if not (arXiv 2506.01347).
 
     >>> advantages(torch.tensor([1.0, 0.0, 0.0, 0.0]), 4, "mean")
     tensor([ 0.7500, -0.2500, -0.2500, -0.2500])
@@ -483,7 +495,7 @@ def advantages(rewards: torch.Tensor, group_size: int, kind: str) -> torch.Tenso
 def sign_weights(A: torch.Tensor, weights: tuple[float, float]) -> torch.Tensor:
     """Weight [N] of each sample: the first of `weights` where A > 0, the second where A < 0.
 
-    A sample with A = 0 belongs to neither sign; it counts (in the mean) when both signs do.
+    Where A = 0 it is 1 if neither weight is 0, else 0: then the sample is not in the loss's mean.
 
     >>> sign_weights(torch.tensor([2.0, -1.0, 0.0]), (0.1, 1.0))
     tensor([0.1000, 1.0000, 1.0000])
@@ -499,12 +511,13 @@ def sign_weights(A: torch.Tensor, weights: tuple[float, float]) -> torch.Tensor:
 
 
 def split_prefix(contexts: list[list[int]], responses: list, args) -> tuple[list, list]:
-    """Take off what all contexts begin with, as few-shot prompts do, if that is much of the work.
+    """Split off the prefix that all contexts share, such as few-shot examples.
 
-    Under gradient checkpointing, which computes each layer anew, there is no cache to share.
+    Policy then computes it once per micro-batch. Gradient checkpointing computes each layer again
+    and has no cache to share, so with it the prefix is [].
 
     Returns:
-        the prefix ([] if it is less than a third of all tokens), and the contexts without it.
+        the prefix, [] if it is less than a third of all tokens, and the contexts without it.
 
     >>> from types import SimpleNamespace as Args
     >>> split_prefix([[1, 2, 3], [1, 2, 4]], [[5], [6]], Args(gradient_checkpointing=False))
@@ -518,7 +531,7 @@ def split_prefix(contexts: list[list[int]], responses: list, args) -> tuple[list
 
 
 def split(in_loss: torch.Tensor, num_minibatches: int, step: int) -> list[torch.Tensor]:
-    """Of which samples each mini-batch is, bool [N] each; the same on every rank."""
+    """The samples of each mini-batch, a list of bool [N]; the same on every rank."""
     order = torch.randperm(len(in_loss), generator=torch.Generator().manual_seed(step))
     minibatches = []
     for part in order.chunk(num_minibatches):
@@ -529,10 +542,10 @@ def split(in_loss: torch.Tensor, num_minibatches: int, step: int) -> list[torch.
 
 
 class Batch(NamedTuple):
-    """A micro-batch of B samples with n response tokens in all. B is never 0.
+    """A micro-batch of B samples with n response tokens in total. B is never 0.
 
-    All ranks make equally many. A rank that has no sample left gets a filler: a sample of the step
-    whose every value is 0, so that it adds nothing to the loss.
+    All ranks make the same number of micro-batches. A rank without samples gets a filler: a sample
+    of the step whose per_token() values are 0, so that it adds nothing to the loss.
     """
 
     index: list[int]  # which of the step's samples they are
@@ -542,17 +555,17 @@ class Batch(NamedTuple):
     is_filler: bool
 
     def per_token(self, values: torch.Tensor) -> torch.Tensor:
-        """A value of each of the step's samples [N] at each response token [n]; a filler's is 0."""
+        """Values [n] of the response tokens from values [N] of the samples; 0 in a filler."""
         values = values[self.index].to(self.tokens.device).repeat_interleave(self.lengths)
         return torch.zeros_like(values) if self.is_filler else values
 
     def take(self, parts) -> torch.Tensor:
-        """[n] from parts[i], the values [T_i] at the tokens of sample i."""
+        """Values [n] of the response tokens, from parts[i], which has [T_i] for each sample i."""
         return torch.cat([parts[i] for i in self.index])
 
 
 def microbatches(chosen: torch.Tensor, contexts, responses, args, device):
-    """This rank's micro-batches of the chosen samples (bool [N]); as many on every rank."""
+    """Yields this rank's Batches of the chosen samples (bool [N]); as many on every rank."""
     total = [len(x) + len(y) for x, y in zip(contexts, responses)]  # tokens of each sequence
     indices = chosen.nonzero()[:, 0].tolist()
     plan = plan_microbatches(indices, total, args.max_tokens_per_microbatch, dist.get_world_size())
@@ -564,11 +577,11 @@ def microbatches(chosen: torch.Tensor, contexts, responses, args, device):
 
 
 def plan_microbatches(indices: list[int], lengths: list[int], max_tokens: int, world_size: int):
-    """Pack samples of like length: a list of micro-batches (lists of indices) for each rank.
+    """Pack samples of similar length: a list of micro-batches (lists of indices) for each rank.
 
-    No micro-batch pads to more than `max_tokens` (unless one sample alone does); every rank gets
-    the same number, since FSDP's collectives must stay aligned: largest ones are halved, and empty
-    ones added, until it fits. Those that run side by side on different ranks are of like length.
+    A micro-batch has at most `max_tokens` with padding, unless one sample alone has more. FSDP's
+    collectives must stay aligned, so every rank gets the same number: the largest are halved, and
+    empty ones added, until that holds. Those that run at the same time have similar lengths.
 
     >>> plan_microbatches([0, 1, 2, 3], [5, 9, 4, 10], 20, 1)
     [[[3, 1], [0, 2]]]
@@ -605,9 +618,9 @@ def collate(contexts: list[list[int]], responses: list[np.ndarray], batch: list[
 
 @torch.no_grad()
 def old_logprobs(policy, minibatches, computed, prefix, contexts, responses, args, device) -> dict:
-    """log π(y_t | context, y_<t) before the first update, [T_i] by sample; of this rank's.
+    """log π(y_t | context, y_<t) before the first update: {i: [T_i]} for this rank's samples i.
 
-    Empty if there is one mini-batch: then the old policy is the one that is updated.
+    Empty if there is one mini-batch: then the old policy is the current one.
     """
     found = {}
     for chosen in minibatches if len(minibatches) > 1 else ():
@@ -621,13 +634,14 @@ def old_logprobs(policy, minibatches, computed, prefix, contexts, responses, arg
 
 
 def token_weights(in_loss: torch.Tensor, lengths: torch.Tensor, kind: str, max_length: int):
-    """What a token of each sample weighs in the loss [N]; the sum over the step makes a mean.
+    """The weight in the loss of a token of each sample, [N]: --loss-aggregation.
 
-    One normaliser for the whole step, so micro-batches and ranks only add up.
+    The weights of all tokens form a mean over the whole mini-batch, so the losses of micro-batches
+    and ranks only add up.
 
     Args:
-        in_loss: bool [N], of the mini-batch; lengths: response tokens [N]; max_length: of a
-            completion, in tokens.
+        in_loss: bool [N], the samples of the mini-batch; lengths: [N], response tokens.
+        max_length: --max-completion-length, in tokens.
 
     >>> token_weights(torch.tensor([True, True]), torch.tensor([1, 3]), "token-mean", 8)
     tensor([0.2500, 0.2500])
@@ -650,8 +664,8 @@ DUAL_CLIP = 10.0  # bound of the ratio where A < 0 (paper: 10)
 def clipped_objective(logp, old_logp, A, clip: tuple[float, float]):
     """PPO's clipped objective per token [n], with clip-higher and dual clip (to be maximised).
 
-    On-policy old_logp = logp: the value is A and the gradient A ∇logp. Dual clip (arXiv 1912.09729)
-    bounds the objective of A < 0 from below by DUAL_CLIP * A.
+    logp, old_logp and A are [n]. On-policy, old_logp = logp: the value is A, the gradient A ∇logp.
+    Dual clip (arXiv 1912.09729) keeps the objective above DUAL_CLIP * A where A < 0.
 
     >>> logp = torch.tensor([0.5, 0.5, 3.0])
     >>> clipped_objective(logp, torch.zeros(3), torch.tensor([1.0, -1.0, -1.0]), (0.2, 0.28))
@@ -665,7 +679,7 @@ def clipped_objective(logp, old_logp, A, clip: tuple[float, float]):
 
 @torch.no_grad()
 def batch_stats(batch, loss, logp, old_logp, args) -> torch.Tensor:
-    """Of a micro-batch: loss, Σ logp, tokens whose ratio left the clip range, tokens; [4]."""
+    """Sums [4] over a micro-batch: loss, logp, tokens outside the clip range, tokens."""
     ratio = (logp - old_logp).exp()
     outside = (ratio < 1 - args.clip[0]) | (ratio > 1 + args.clip[1])
     stats = torch.stack([loss, logp.sum(), outside.sum(), torch.ones_like(logp).sum()]).cpu()
@@ -676,7 +690,7 @@ MAX_GRAD_NORM = 1.0  # the paper's
 
 
 def optimizer_step(policy, optimizer) -> float:
-    """Clip the gradients and step, unless they are not finite. Returns their norm before."""
+    """Clip the gradients and take a step if they are finite. Returns their norm before clipping."""
     norm = clip_gradients(policy, MAX_GRAD_NORM)
     if math.isfinite(norm):
         optimizer.step()
@@ -685,7 +699,7 @@ def optimizer_step(policy, optimizer) -> float:
 
 
 def clip_gradients(policy, max_norm: float) -> float:
-    """Scale the gradients to `max_norm` if their norm is larger. Returns the norm before."""
+    """Scale the gradients to `max_norm` if their norm is larger. Returns the norm before that."""
     harness.note_memory()
     if torch.cuda.is_available():
         # AdamW makes its moments in its first step. In blocks that the backward pass has freed they
@@ -695,9 +709,15 @@ def clip_gradients(policy, max_norm: float) -> float:
 
 
 def count_skipped(skipped: int, grad_norm: float, folder: Path, step: int, samples, A, say) -> int:
-    """How many updates in a row were skipped because the gradient was not finite.
+    """The number of updates in a row that were skipped because the gradient was not finite.
 
-    Saves the samples of such a step for inspection. The third in a row ends the run.
+    Saves the samples of such a step to skipped/.
+
+    Args:
+        skipped: that number before this update.
+
+    Raises:
+        RuntimeError: this is the third in a row.
     """
     if math.isfinite(grad_norm):
         return 0
@@ -705,11 +725,11 @@ def count_skipped(skipped: int, grad_norm: float, folder: Path, step: int, sampl
     if dist.get_rank() == 0:
         path.parent.mkdir(exist_ok=True)
         torch.save({"samples": samples, "advantages": A}, path)
-    say(f"step {step}: the gradient is not finite, no update is made; samples in {path}")
+    say(f"step {step}: the gradient is not finite, so the update is skipped; samples in {path}")
     if skipped == 2:
         raise RuntimeError(
-            f"the gradient was not finite 3 times in a row, last at step {step}: a smaller "
-            "--learning-rate, or float32, may help; the samples are in the folder skipped"
+            f"the gradient was not finite 3 times in a row, last at step {step}: try a smaller "
+            "--learning-rate or --dtype float32; the samples are in the folder skipped"
         )
     return skipped + 1
 
@@ -718,7 +738,7 @@ def count_skipped(skipped: int, grad_norm: float, folder: Path, step: int, sampl
 
 
 def sync_weights(engine, policy) -> None:
-    """Send the trainer's weights to the engine: one parameter at a time is gathered and sent."""
+    """Send the policy's weights to the engine, gathering one parameter at a time."""
     device = "cuda" if torch.cuda.is_available() else "cpu"  # offloaded shards travel by the GPU
     dtype = engine.llm_engine.model_config.dtype
     weights = (  # cast first: half the bytes travel
@@ -729,7 +749,7 @@ def sync_weights(engine, policy) -> None:
 
 
 def read_weights(path: str, config):
-    """(name, tensor) of each weight of a checkpoint that the model has."""
+    """Yields (name, tensor) of each weight in the folder `path` that the model uses."""
     from safetensors import safe_open
 
     used = {name for name, _ in models.meta_model(config).named_parameters()}
@@ -744,7 +764,7 @@ def send_weights(engine, weights, vocab_size: int, config) -> dict[str, int]:
     """Replace the engine's weights by `weights`, an iterator of (name, whole tensor).
 
     Returns:
-        the bit sums of what was sent, for check_weights().
+        bit sums of the weights that were sent, by group: for check_weights().
     """
     wake(engine, "weights")
     device = "cuda" if torch.cuda.is_available() else "cpu"  # adding up is slow on a CPU
@@ -797,16 +817,20 @@ def copies(name: str, config, engine) -> int:
 
 
 def check_sync(engine, policy) -> None:
-    """Exact: does every engine hold the very bits of the policy's weights, cast to its dtype?
+    """Check that every engine holds exactly the policy's weights, cast to the engine's dtype.
 
     Raises:
-        RuntimeError, on every rank, with the layers that differ.
+        RuntimeError: they differ. It names the layers, and is raised on every rank.
     """
     check_weights(engine, policy_bits(engine, policy))
 
 
 def check_weights(engine, expected: dict[str, int]) -> None:
-    """Compare each engine's bit sums, added over its ranks, with the expected ones."""
+    """Compare each engine's bit sums, added over its ranks, with the expected ones by group.
+
+    Raises:
+        RuntimeError: they differ.
+    """
     wake(engine, "weights")
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, engine.collective_rpc(engine_bits)[0])
@@ -821,13 +845,13 @@ def check_weights(engine, expected: dict[str, int]) -> None:
         shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         raise RuntimeError(
             f"the engine's weights are not the policy's ({shown}): it would sample from another "
-            "model. The weight sync is broken, or vLLM stores this model's weights in another form"
+            "policy. The weight sync failed, or vLLM stores this model's weights in another form"
         )
 
 
 @torch.no_grad()
 def policy_bits(engine, policy) -> dict[str, int]:
-    """Bit sums that the engine's weights must have, from the ranks' own shards of the policy's."""
+    """The bit sums that an engine's weights must have, from the policy's shards on all ranks."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config, dtype, sums = policy.lm.config, engine.llm_engine.model_config.dtype, {}
@@ -847,7 +871,7 @@ def policy_bits(engine, policy) -> dict[str, int]:
 
 
 def engine_bits(worker) -> dict[str, int]:
-    """Bit sums of the weights that this rank's part of the engine holds; called by vLLM."""
+    """Bit sums of this rank's part of the engine's weights; vLLM calls it in its worker."""
     sums = {}
     for prefix, module in worker.get_model().named_modules():
         for name, weight in module.named_parameters(recurse=False):
@@ -862,9 +886,9 @@ def engine_bits(worker) -> dict[str, int]:
 
 
 def bits(weight: torch.Tensor) -> torch.Tensor:
-    """Σ of the elements' bit patterns as integers, modulo 2^64.
+    """Sum of the elements' bit patterns as integers, modulo 2^64.
 
-    Packing, order, sharding and padding with zeros do not change it; one other element does.
+    Packing, order, sharding and padding with zeros do not change it; a changed element does.
 
     >>> bits(torch.tensor([1.0, -2.0, 0.0])), bits(torch.tensor([[-2.0], [1.0]]))
     (tensor(-8388608), tensor(-8388608))
@@ -874,14 +898,14 @@ def bits(weight: torch.Tensor) -> torch.Tensor:
 
 
 def add_bits(sums: dict, name: str, value: torch.Tensor) -> None:
-    """Add a weight's bits to its group's: a layer, or a name such as embed_tokens."""
+    """Add a weight's bits to those of its group: a layer, or a name such as embed_tokens."""
     layer = re.search(r"layers\.\d+", name)
     group = layer[0] if layer else name.split(".")[-2]
     sums[group] = sums.get(group, 0) + value
 
 
 def to_integers(sums: dict[str, torch.Tensor]) -> dict[str, int]:
-    """Tensors to numbers in [0, 2^64), in one transfer."""
+    """The tensors as integers in [0, 2^64), in one transfer from the device."""
     values = torch.stack(list(sums.values())).tolist() if sums else []
     return {group: value % 2**64 for group, value in zip(sums, values)}
 
@@ -890,7 +914,7 @@ def to_integers(sums: dict[str, torch.Tensor]) -> dict[str, int]:
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Unbiased 1 - C(n-c, k) / C(n, k): the chance that k of n samples hold one of c right ones.
+    """Unbiased pass@k = 1 - C(n-c, k) / C(n, k), if c of n samples are correct (arXiv 2107.03374).
 
     >>> pass_at_k(8, 0, 8), pass_at_k(8, 1, 8), pass_at_k(4, 2, 1)
     (0.0, 1.0, 0.5)
@@ -899,18 +923,19 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def summarize(samples: list[dict], k: int) -> dict:
-    """Figures of an evaluation: k verified samples to each problem, by index.
+    """Metrics of an evaluation, from k verified samples per problem, sorted by index.
 
     Returns:
-        avg@k; pass@m for m = 1, 2, 4, ... and k; standard_error of avg@k, over problems; problems;
-        length (tokens); truncated and boxed (shares); thoughts/*.
+        avg@k; pass@m for m = 1, 2, 4, ... and k; standard_error of avg@k, over problems; number of
+        problems; mean length in tokens; fractions truncated and boxed; thoughts/*.
     """
-    right = np.array([s["reward"] for s in samples]).reshape(-1, k)  # [problems, k]
-    result = {f"avg@{k}": float(right.mean())}
+    correct = np.array([s["reward"] for s in samples]).reshape(-1, k)  # [problems, k]
+    result = {f"avg@{k}": float(correct.mean())}
     for m in sorted({2**i for i in range(k.bit_length())} | {k}):
-        result[f"pass@{m}"] = float(np.mean([pass_at_k(k, int(c), m) for c in right.sum(1)]))
-    n = len(right)
-    result["standard_error"] = float(right.mean(1).std(ddof=1) / n**0.5) if n > 1 else float("nan")
+        result[f"pass@{m}"] = float(np.mean([pass_at_k(k, int(c), m) for c in correct.sum(1)]))
+    n = len(correct)
+    error = float(correct.mean(1).std(ddof=1) / n**0.5) if n > 1 else float("nan")
+    result["standard_error"] = error
     lengths = [s["length"] for s in samples]
     result |= {"problems": n, "length": float(np.mean(lengths))}
     for key in ("truncated", "boxed"):
@@ -919,16 +944,19 @@ def summarize(samples: list[dict], k: int) -> dict:
 
 
 def sample_and_verify(engine, problems, k: int, stop, tokenizer, verifier, args) -> list[dict]:
-    """k verified samples to each problem, on every rank; the same seeds at every call."""
+    """Sample and verify k responses per problem; all samples on every rank, with fixed seeds."""
     samples = rollout(engine, problems, k, f"{args.seed} eval", stop, args)
     verify(samples, [p["answer"] for p in problems for _ in range(k)], tokenizer, verifier, args)
     return gather(samples)
 
 
 def evaluate(engine, datasets: dict, stop, tokenizer, verifier, args) -> dict:
-    """eval/NAME/avg@k, pass@k, length, truncated, boxed and thoughts of each data set.
+    """Metrics eval/NAME/KEY of each data set: avg@k, pass@k, length, truncated, boxed, thoughts.
 
-    All sets are sampled in one rollout: one wait for the longest response, not one a set.
+    One rollout samples all sets, so that there is one wait for the longest response.
+
+    Args:
+        datasets: {NAME: problems of inputs.encode_prompts()}.
     """
     metrics, k = {}, args.eval_num_samples
     keys = f"avg@{k} pass@{k} length truncated boxed thoughts/reflection thoughts/transition"

@@ -1,4 +1,4 @@
-"""Data sets: the rows of files and of the hub, and the problem and reference answer of a row."""
+"""Data sets: rows of files and of the hub, and the problem and reference answer of a row."""
 
 import json
 import re
@@ -24,13 +24,14 @@ OTHERS = (".json", ".csv", ".tsv", ".txt", ".xlsx", ".arrow", ".gz", ".zip", ".z
 
 
 def read_rows(name: str, split: str):
-    """The rows of a data set, one after the other, as dicts.
+    """Yields the rows of a data set as dicts.
 
     Args:
         name: lab, arithmetic, a name in HUB_DATASETS, a file, a folder, or a hub id.
+        split: "train" or "test".
 
     Raises:
-        ValueError, OSError and others: it cannot be read; str() says why.
+        ValueError, OSError or an error of a library: the data set cannot be read; str() says why.
     """
     path, _, subset = name.partition(":")
     if name in ("lab", "arithmetic"):
@@ -50,10 +51,14 @@ def read_rows(name: str, split: str):
 
 
 def read_file(file: Path):
-    """The rows of a .parquet or .jsonl file."""
+    """Yields the rows of a .parquet or .jsonl file.
+
+    Raises:
+        ValueError: the file has another format, or is broken.
+    """
     kind = file.suffix.lower()
     if kind not in FORMATS:
-        raise ValueError("only .parquet and .jsonl files are read")
+        raise ValueError("only .parquet and .jsonl files are read: convert it to one of them")
     if kind == ".jsonl":
         yield from read_jsonl(file)
     else:
@@ -64,10 +69,13 @@ def read_file(file: Path):
 
 
 def read_jsonl(file: Path):
-    """The objects of a file's lines, with numbers as the text that is written.
+    """Yields the JSON object of each line, with numbers as the text in the file.
 
-    Not read by pandas or Arrow: these guess one type for a column. Then 2**53 + 1 beside 0.5 loses
-    its last digit, 0.10 its zero, and a date becomes a timestamp.
+    pandas and Arrow would guess one type for a column. Then 2**53 + 1 in a column with 0.5 loses
+    its last digit, 0.10 loses its zero, and a date becomes a timestamp.
+
+    Raises:
+        ValueError: a line is not UTF-8 text or not one JSON object.
     """
     with open(file, "rb") as lines:  # as bytes: only \n ends a line, and not U+2028 in a string
         for number, line in enumerate(lines, 1):
@@ -90,9 +98,10 @@ def read_jsonl(file: Path):
 
 
 def read_folder(folder: str, subset: str, split: str):
-    """The rows of a folder laid out as a set on the hub is, or of its files if none names a split.
+    """Yields the rows of a folder that is laid out as a data set of the hub.
 
-    The datasets library finds the files.
+    The datasets library finds the files of the split. Files whose names have no split are the whole
+    data set.
     """
     import datasets
 
@@ -110,7 +119,7 @@ def read_folder(folder: str, subset: str, split: str):
 
 
 def load_hub(name: str, split: str):
-    """The rows of a hub id, or of a folder; either may end in :SUBSET."""
+    """Yields the rows of a hub id or of a folder; `name` may end in :SUBSET."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -131,7 +140,7 @@ PLACEHOLDERS |= {"<na>", "no answer", "see solution", "see proof", "tbd", "todo"
 
 
 def is_placeholder(answer: str) -> bool:
-    """Does a word stand in the place of an answer?
+    """Is the answer only a placeholder, such as "proof" or "N/A"?
 
     >>> [is_placeholder(x) for x in ("proof", " N/A ", "None", "NA", "None of these", "Na", "0")]
     [True, True, True, True, False, False, False]
@@ -140,17 +149,17 @@ def is_placeholder(answer: str) -> bool:
 
 
 def is_empty(value) -> bool:
-    """Is there nothing in a cell? Tables have NaN for it, too."""
+    """Is a table's cell empty? NaN is empty, too."""
     if isinstance(value, str):
         return not value.strip()
     return value is None or value == [] or value == {} or value != value
 
 
 def read_row(row: dict) -> tuple[str | list[dict] | None, str | None]:
-    r"""Problem (text or chat messages) and reference answer; None for one that the row lacks.
+    r"""Problem (text or chat messages) and reference answer of a row; None for a missing one.
 
     Raises:
-        ValueError: a column holds what cannot be read. It names the column.
+        ValueError: a column cannot be read. The message names the column.
 
     >>> read_row({"Body": "I have 2.", "Question": "And 3?", "Answer": "5 (apples)"})
     ('I have 2. And 3?', '5')
@@ -203,8 +212,11 @@ def find_answer(row: dict, final: str | None) -> str | None:
 def read_answer(value, column: str) -> str:
     """A cell as a reference answer.
 
-    Of a list any member will do (see answers.references), but OlympiadBench's final_answer means
-    all of them together.
+    A list gives a JSON list, any member of which is a correct answer: answers.references(). In the
+    column final_answer, as in OlympiadBench, the members together are the answer.
+
+    Raises:
+        ValueError: the cell is not text, a number or a list of these.
     """
     if isinstance(value, list) and not any(isinstance(one, list) for one in value):
         members = [read_answer(one, column) for one in value if not is_empty(one)]
@@ -220,7 +232,7 @@ def read_answer(value, column: str) -> str:
 
 
 def without_units(answer: str) -> str:
-    """ASDiv's answers have their unit in parentheses.
+    """An answer of ASDiv without its units, which are in parentheses.
 
     >>> without_units("9 (apples)"), without_units("2 (weeks); 3 (days)"), without_units("No")
     ('9', '2, 3', 'No')
@@ -231,10 +243,13 @@ def without_units(answer: str) -> str:
 
 
 def read_messages(turns: list, column: str) -> tuple[list[dict], str | None]:
-    """Chat messages up to the last of the user, and the text of the assistant's turn behind it.
+    """Chat messages up to the user's last one, and the text of the assistant's turn after it.
 
     Args:
-        turns: with role and content, or ShareGPT's from and value.
+        turns: dicts with role and content, or with from and value (ShareGPT).
+
+    Raises:
+        ValueError: a turn cannot be read, or none is the user's.
     """
     messages, final = [], None
     for turn in turns:
@@ -242,7 +257,7 @@ def read_messages(turns: list, column: str) -> tuple[list[dict], str | None]:
             raise ValueError(f"column {column}: {describe(turn)} is not a message (role, content)")
         role = turn.get("role") or turn.get("from")
         if not isinstance(role, str) or role.lower() not in ROLES:
-            raise ValueError(f"column {column}: unknown role {role!r} of a message")
+            raise ValueError(f"column {column}: a message has the unknown role {role!r}")
         role = ROLES[role.lower()]
         content = turn["content"] if turn.get("content") is not None else turn.get("value")
         if content is None and role == "assistant":  # it only called a tool
@@ -251,12 +266,12 @@ def read_messages(turns: list, column: str) -> tuple[list[dict], str | None]:
     while messages and messages[-1]["role"] == "assistant":
         final = messages.pop()["content"]
     if not any(message["role"] == "user" and message["content"].strip() for message in messages):
-        raise ValueError(f"column {column}: no message is the user's")
+        raise ValueError(f"column {column}: no message is from the user")
     return messages, final
 
 
 def read_content(content, column: str) -> str:
-    """The text of a message, which may be in parts."""
+    """The text of a message; `content` is a string or a list of parts."""
     if isinstance(content, list):
         texts = []
         for part in content:
@@ -271,16 +286,16 @@ def read_content(content, column: str) -> str:
 
 
 def read_text(text: str, column: str) -> str:
-    """The text itself, if tokenizers can read it."""
+    """The text itself. Raises ValueError if it is not valid Unicode, which tokenizers refuse."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"column {column}: half a character (a lone surrogate) in the text")
+        raise ValueError(f"column {column}: the text has half a character (a lone surrogate)")
     return text
 
 
 def parse(text: str):
-    """JSON with numbers as they are written; None if it is none."""
+    """The value of a JSON text, with numbers as text; None if it is not JSON."""
     try:
         return json.loads(text, parse_int=str, parse_float=str)
     except (ValueError, RecursionError):

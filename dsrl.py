@@ -4,8 +4,8 @@
     python dsrl.py --preset lab                     the same code on a laptop's CPU, in minutes
 
 Responses are always sampled with the prompt, y ~ π(·|x), and verified: r ∈ {0, 1}. For the first S
-steps the update is NSR-PreRL's: it lowers log π(y_t | BOS, y_<t), x dropped, of the samples with
-A < 0. From step S + 1 on it is GRPO's, on the same weights and optimiser:
+steps the update is NSR-PreRL's: it lowers log π(y_t | BOS, y_<t), without x, of the samples with
+A < 0. From step S + 1 on it is GRPO's, with the same weights and optimiser state:
 
     (1)  A = r - group mean for s ≤ S, then (r - group mean) / (group std + 1e-6)
     (2)  ∇J = E[ Σ_t ∇log π(y_t | x^{1[s>S]}, y_<t) · A · 1[s > S or A < 0] ]
@@ -32,16 +32,16 @@ class Args:
     """hub id, local folder, or bare name of a known family (Qwen2.5-Math-7B)
     (paper: Qwen3-4B and 8B)"""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """of compute and of the engine; master weights are always float32"""
+    """dtype of the model's computation and of the engine; master weights are float32"""
     dataset: str = "math"
     """math, lab, arithmetic, a hub id, or a local .parquet or .jsonl file (paper: math)"""
     eval_datasets: tuple[str, ...] = ("aime24", "aime25", "amc23")
-    """held-out problems, named as --dataset or aime24, aime25, amc23, math500, minerva,
-    olympiadbench (paper: all six)"""
+    """held-out data sets: aime24, aime25, amc23, math500, minerva, olympiadbench, or named as in
+    --dataset (paper: these six)"""
     eval_num_samples: int = 8
-    """k of avg@k and pass@k, samples per problem (paper: 32)"""
+    """responses per held-out problem, the k of avg@k and pass@k (paper: 32)"""
     seed: int = 1
-    """of data order and sampling"""
+    """seed of data order and sampling"""
 
     # Rollout
     num_prompts: int = 128
@@ -49,78 +49,75 @@ class Args:
     num_generations: int = 8
     """responses per problem, the group size G (paper: 8)"""
     system_prompt: str = "Please reason step by step, and put your final answer within \\boxed{}."
-    """put before every problem; empty for none (the default is the paper's)"""
+    """system prompt of every problem; empty: none (the default is the paper's)"""
     max_completion_length: int = 8192
-    """tokens; cut to the model's context (paper: 8192)"""
+    """most tokens of a response; reduced to fit the model's context (paper: 8192)"""
     temperature: float = 1.0
-    """of sampling; log-probs in the loss are at the same temperature (paper: 1)"""
+    """sampling temperature, also used for the log-probs in the loss (paper: 1)"""
     grader: Literal["math-verify", "boxed-string"] = "math-verify"
-    """rules for spelling and then math-verify's algebra, or the authors' comparison of strings
-    (paper: the latter)"""
+    """math-verify: spelling rules, then math-verify's algebra; boxed-string: the authors' string
+    comparison (paper: boxed-string)"""
 
     # Method
     warmup_steps: int = 20
-    """S, steps of NSR-PreRL before RL (paper: 20; 10 to 25 is the good range)"""
+    """S, steps of NSR-PreRL before RL (paper: 20; 10 to 25 work well)"""
     advantage: Literal["grpo", "mean", "rloo", "reinforce++", "sign"] = "grpo"
     """grpo: (r - group mean) / (group std + 1e-6); mean: r - group mean; rloo: r - mean of the
     others in the group; reinforce++: (r - mean) / (std + 1e-6) of the batch; sign: 1 if correct, -1
     if not (paper: grpo given x, mean given BOS)"""
     bos_token: str = ""
-    """the pre-train space's context; default the tokenizer's BOS, else <|im_start|>"""
+    """token in place of the prompt in pre-train space; default: BOS, or <|im_start|> without BOS"""
     sign_weights: tuple[float, float] = (1.0, 1.0)
-    """factors of samples with A > 0 and with A < 0, where they are in the loss; 0 leaves them out
-    (paper: 1 1)"""
+    """factors that multiply A > 0 and A < 0; 0 removes these samples from the loss (paper: 1 1)"""
     loss_aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"] = (
         "token-mean"
     )
-    """how the tokens' losses become one number, over all samples in the loss (paper: token-mean)"""
+    """token-mean: mean over all tokens; seq-mean-token-mean: mean of the responses' means;
+    seq-mean-token-sum-norm: mean of their sums / --max-completion-length (paper: token-mean)"""
     num_minibatches: int = 1
-    """optimiser updates per step; clipping and old log-probs only act when more than 1
-    (paper: 1)"""
+    """optimiser updates per step; --clip has an effect only with more than 1 (paper: 1)"""
     clip: tuple[float, float] = (0.2, 0.2)
-    """ratio is clipped below 1 - the first and above 1 + the second (paper: GRPO 0.2 0.28, else
-    0.2 0.2)"""
+    """the ratio is clipped to [1 - first, 1 + second] (paper: GRPO 0.2 0.28, else 0.2 0.2)"""
     tis_cap: float = 0.0
-    """cap of the truncated importance weight trainer / sampler, phase rl only; 0 = off"""
+    """upper bound of the importance weight π_trainer / π_sampler, in phase rl only; 0: off"""
 
     # Optimiser
     learning_rate: float = 1e-6
-    """constant, AdamW with betas 0.9 and 0.999 (paper: 1e-6)"""
+    """AdamW's learning rate, constant; its betas are 0.9 and 0.999 (paper: 1e-6)"""
     weight_decay: float = 0.01
-    """AdamW's, decoupled (paper: 0.01)"""
+    """AdamW's decoupled weight decay (paper: 0.01)"""
 
     # Run (--resume may change these)
     preset: Literal["paper", "lab", "smollm"] = "paper"
-    """set of defaults: the paper's Qwen3-4B setting, or one for a laptop; explicit flags beat it"""
+    """set of defaults: the paper's for Qwen3-4B, or one for a laptop; explicit flags override it"""
     num_steps: int = 348
-    """rollout and update steps (paper: 348, 6 epochs of MATH)"""
+    """training steps, each a rollout and an update (paper: 348, 6 epochs of MATH)"""
     output_dir: str = ""
-    """folder of the run; default runs/SCRIPT__MODEL__DATASET__sSEED__TIME"""
+    """folder of the run; default: runs/SCRIPT__MODEL__DATASET__sSEED__TIME"""
     resume: str = ""
-    """path of a checkpoint, or auto: the latest in --output-dir"""
+    """checkpoint to continue from: a path, or auto for the latest in --output-dir"""
     save_every: int = 50
-    """steps between checkpoints for --resume, and between saved completions; 0 = never
-    (paper: 50)"""
+    """save a checkpoint for --resume, and the responses, every N steps; 0: never (paper: 50)"""
     eval_every: int = 20
-    """steps; also before the first and after the last; 0 = never (paper: 5, later 25)"""
+    """evaluate every N steps, and before and after training; 0: never (paper: 5, later 25)"""
     alignment_every: int = 0
-    """steps between measurements of the update's cosine with GRPO's; 0 = never"""
+    """measure the cosine of the update's gradient with GRPO's every N steps; 0: never"""
     track: Literal["none", "wandb", "trackio"] = "none"
-    """service to log to, beside metrics.jsonl and TensorBoard"""
+    """service to log to, in addition to metrics.jsonl and TensorBoard"""
 
     # Machine (--resume may change these)
     num_processes: int = 0
-    """0 = one per GPU, or one on a CPU"""
+    """number of processes; 0: one per GPU, or one on a CPU"""
     tensor_parallel_size: int = 1
     """ranks per vLLM engine (paper: 2)"""
     gpu_memory_utilization: float = 0.6
-    """share of a GPU's memory for vLLM during rollouts (paper: 0.6)"""
+    """fraction of a GPU's memory for vLLM during rollouts (paper: 0.6)"""
     max_tokens_per_microbatch: int = 16384
-    """tokens in one forward pass, padding included (paper: 10240 without padding)"""
+    """most tokens in one forward pass, padding included (paper: 10240 without padding)"""
     gradient_checkpointing: bool = True
     """recompute each layer's activations in the backward pass (paper: on)"""
     cpu_offload: bool = False
-    """weights and optimiser state in host memory (paper: on)"""
+    """keep weights and optimiser state in host memory (paper: on)"""
 
 
 def main(args: Args) -> None:
@@ -146,7 +143,7 @@ def main(args: Args) -> None:
     say(f"{args.model}: {len(train)} problems, {world_size} ranks, output in {folder}")
     say(f"a prompt ends in {tokenizer.decode(train[0]['prompt_ids'][-20:])!r}")
     say(f"a response ends at {' or '.join(tokenizer.convert_ids_to_tokens(stop))}")
-    say(f"the pre-train space's context is token {bos}, {tokenizer.convert_ids_to_tokens(bos)!r}")
+    say(f"BOS, which replaces the prompt, is token {bos}, {tokenizer.convert_ids_to_tokens(bos)!r}")
 
     engine = common.make_engine(path, vocab_size, args)
     policy = common.load_policy(path, config, vocab_size, args, device)

@@ -1,11 +1,11 @@
-"""Avg@k and unbiased Pass@k of any checkpoint, on the paper's benchmarks or on local problems.
+"""Avg@k and unbiased pass@k of any checkpoint, on the paper's benchmarks or on local problems.
 
     python evaluate.py --model runs/x/model --datasets aime24 aime25 amc23 --num-samples 32
     python evaluate.py --preset lab --model runs/y/model
 
-Generates with vLLM on every rank and verifies, with the functions that the training scripts
-evaluate with: the same weights, seed and lengths give the same numbers. Writes results.json and
-completions.parquet. A killed evaluation goes on with --resume.
+Samples responses with vLLM on every rank and verifies them. The training scripts evaluate with the
+same functions, so the same weights, seed and lengths give the same numbers. Writes results.json and
+completions.parquet. --resume continues an evaluation that was killed.
 """
 
 import json
@@ -30,41 +30,42 @@ class Args:
     model: str = "Qwen/Qwen3-4B"
     """local folder (RUN/model), hub id, or bare name of a known family"""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """of the engine"""
+    """dtype of the engine"""
     datasets: tuple[str, ...] = ("aime24", "aime25", "amc23", "math500", "minerva", "olympiadbench")
-    """these names, lab, arithmetic, hub ids, or local .parquet or .jsonl files"""
+    """the default's names, lab, arithmetic, hub ids, or local .parquet or .jsonl files"""
     num_samples: int = 32
-    """k of avg@k; responses per problem (paper: 32)"""
+    """responses per problem, the k of avg@k (paper: 32)"""
     seed: int = 1
-    """of sampling"""
+    """seed of sampling"""
 
     # Rollout
     system_prompt: str = "Please reason step by step, and put your final answer within \\boxed{}."
-    """put before every problem; empty for none"""
+    """system prompt of every problem; empty: none"""
     max_completion_length: int = 8192
-    """tokens; cut to the model's context"""
+    """most tokens of a response; reduced to fit the model's context"""
     temperature: float = 1.0
-    """of sampling"""
+    """sampling temperature"""
     top_p: float = 1.0
-    """nucleus of sampling"""
+    """nucleus sampling: sample from the likeliest tokens with this total probability"""
     grader: Literal["math-verify", "boxed-string"] = "math-verify"
-    """rules for spelling and then math-verify's algebra, or the authors' comparison of strings"""
+    """math-verify: spelling rules, then math-verify's algebra; boxed-string: the authors' string
+    comparison"""
 
     # Run (--resume may change these)
     preset: Literal["paper", "lab", "smollm"] = "paper"
     """set of defaults, as in training: model, data sets, lengths, system prompt, dtype"""
     output_dir: str = ""
-    """folder; default runs/evaluate__MODEL__DATASETS__sSEED__TIME"""
+    """folder of the results; default: runs/evaluate__MODEL__DATASETS__sSEED__TIME"""
     resume: bool = False
-    """go on with the evaluation in --output-dir: finished problems are not generated again"""
+    """continue the evaluation in --output-dir; finished problems are not sampled again"""
 
     # Machine (--resume may change these)
     num_processes: int = 0
-    """0 = one per GPU, or one on a CPU"""
+    """number of processes; 0: one per GPU, or one on a CPU"""
     tensor_parallel_size: int = 1
-    """ranks per vLLM engine; the engines share the problems"""
+    """ranks per vLLM engine; each engine gets a part of the problems"""
     gpu_memory_utilization: float = 0.9
-    """share of a GPU's memory for vLLM"""
+    """fraction of a GPU's memory for vLLM"""
 
 
 def main(args: Args) -> None:
@@ -112,13 +113,13 @@ def main(args: Args) -> None:
         results = {Path(n).stem: results_of(table, Path(n).stem, args) for n in problems}
         (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
         say(results_table(results, args.num_samples))
-        say(f"all figures in {folder / 'results.json'}")
+        say(f"all metrics are in {folder / 'results.json'}")
     verifier.stop()
     harness.shutdown(engine)
 
 
 def unfinished(parts: Path, dataset: str, problems: list[dict]) -> list[dict]:
-    """The problems that no part has, whatever number of ranks it was made on."""
+    """The problems that no file in `parts` has; these may come from another number of ranks."""
     done = [set()]
     if dist.get_rank() == 0:
         for part in parts.glob("*.parquet"):
@@ -129,7 +130,7 @@ def unfinished(parts: Path, dataset: str, problems: list[dict]) -> list[dict]:
 
 
 def save_part(part: Path, dataset: str, problems, samples, k: int, tokenizer) -> None:
-    """One row a response; the file is there only when it is whole."""
+    """Write one row per response to `part`. The file gets its name once it is complete."""
     rows = []
     for s in samples:
         problem = problems[s["index"] // k]
@@ -152,7 +153,7 @@ def save_part(part: Path, dataset: str, problems, samples, k: int, tokenizer) ->
 
 
 def results_of(table: pyarrow.Table, dataset: str, args) -> dict:
-    """The figures of one data set from its rows."""
+    """The metrics of one data set from its rows: common.summarize()."""
     rows = [row for row in table.to_pylist() if row["dataset"] == dataset]
     rows.sort(key=lambda row: (row["problem"], row["sample"]))
     for row in rows:
@@ -162,7 +163,7 @@ def results_of(table: pyarrow.Table, dataset: str, args) -> dict:
 
 
 def results_table(results: dict, k: int) -> str:
-    """One line a data set, and their mean, as the paper's tables have it."""
+    """One line per data set and the mean of their avg@k, which the paper's tables also have."""
     keys = {
         f"avg@{k}": f"avg@{k}",
         "+-": "standard_error",

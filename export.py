@@ -1,8 +1,9 @@
-"""A checkpoint of a run as a Hugging Face folder, which transformers, vLLM and evaluate.py load.
+"""Write a run's checkpoint as a Hugging Face folder, which transformers, vLLM, evaluate.py load.
 
     python export.py --checkpoint runs/x/checkpoints/step_000050 --output-dir runs/x/step_50
 
-The run's own model/ is the last step. It needs no GPU, and host memory for the weights alone.
+The run's own model/ is that of the last step. This program needs no GPU, and only enough host
+memory for the weights.
 """
 
 import json
@@ -21,19 +22,19 @@ import inputs
 @dataclass
 class Args:
     checkpoint: str
-    """folder RUN/checkpoints/step_NNNNNN"""
+    """checkpoint to export: a folder RUN/checkpoints/step_NNNNNN"""
     output_dir: str
-    """folder that the model is written to"""
+    """folder to write the model to; new or empty"""
     model: str = ""
-    """where config and tokenizer are; default the --model of the run"""
+    """model to take config and tokenizer from; default: the run's --model"""
 
 
 def main(args: Args) -> None:
     source, out = Path(args.checkpoint), Path(args.output_dir)
     if not (source / ".metadata").is_file():
-        harness.fail(f"--checkpoint {source}: no checkpoint is there; give RUN/checkpoints/step_*")
+        harness.fail(f"--checkpoint {source} is not a checkpoint: give RUN/checkpoints/step_NNNNNN")
     if out.exists() and any(out.iterdir()):
-        harness.fail(f"--output-dir {out} is not empty")
+        harness.fail(f"--output-dir {out} is not empty: give another folder")
     run = json.loads((source / "args.json").read_text())
     path = inputs.resolve_model(args.model or run["model"])
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -48,7 +49,7 @@ def main(args: Args) -> None:
     out.mkdir(parents=True, exist_ok=True)
     save_torch_state_dict(state, out)
     harness.save_config(out, config, type(lm).__name__, tokenizer, path, dtype)
-    print(f"{source} is now a model in {out}")
+    print(f"wrote the model of {source} to {out}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
 """The flags of a program, read from the source of its class Args.
 
-All about a flag stands in one place. The string below it is its meaning in --help and in
-docs/flags.md. The comment above its section says whether --resume may change it. Such a flag
-decides how a run is computed, not what it computes, so plot.py takes runs that differ in it for one
-method.
+Each flag is described in one place. The string below it is its meaning in --help and docs/flags.md.
+The comment above its section says whether --resume may change it. Such a flag decides how a run is
+computed, not what it computes, so plot.py treats runs that differ only in it as one method.
 """
 
 import ast
@@ -14,9 +13,9 @@ MAY_CHANGE = "(--resume may change these)"  # the end of a section's comment
 
 
 def read_flags(source: str) -> list[tuple[str, str, str, str]]:
-    """Section, field, type and meaning of each field of the class Args in a program's source.
+    """(section, field, type, meaning) of each field of the class Args in a program's source.
 
-    A section is named by the comment above its first field, a meaning is the string below a field.
+    The comment above its first field names a section; the string below a field is its meaning.
     """
     body = next(n for n in ast.parse(source).body if getattr(n, "name", "") == "Args").body
     lines, section, flags = source.splitlines(), "Run", []
@@ -34,7 +33,7 @@ def read_flags(source: str) -> list[tuple[str, str, str, str]]:
 
 
 def changeable(script: str) -> set[str]:
-    """Fields that --resume may change, of a script's name; of grpo_baseline if it is not here."""
+    """The fields that --resume may change in `script`; grpo_baseline's if there is no such file."""
     path = HERE / f"{script}.py"
     source = (path if path.is_file() else HERE / "grpo_baseline.py").read_text()
     return {field for section, field, *_ in read_flags(source) if section.endswith(MAY_CHANGE)}

@@ -1,9 +1,9 @@
-"""Gradient alignment, the paper's theory (section 3 and figure 2), measured.
+"""Measure gradient alignment, the paper's theory (section 3 and figure 2).
 
     python grad_alignment.py --model Qwen3-4B --dataset amc23 --num-rollouts 400
     python grad_alignment.py --preset lab
 
-Lowering log π(y) also lowers log π(y|x) as far as their gradients agree: with θ' = θ + η g₁,
+A step that changes log π(y) also changes log π(y|x) if their gradients align. With θ' = θ + η g₁,
 
     log π_θ'(y|x) ≈ log π_θ(y|x) + η ⟨g₁, g₂⟩        g₁ = ∇ mean_t log π(y_t | BOS, y_<t)
                                                      g₂ = ∇ mean_t log π(y_t | x, y_<t)
@@ -13,8 +13,8 @@ both sides of the line above; for the whole batch, the cosines of the methods' u
 for some tokens, the cosine of ∇ log π(y_t | BOS, y_<t) and ∇ log π(y_t | x, y_<t).
 
 Writes alignment.json (every number), alignment.png, tokens.html (responses coloured by what the
-prompt adds to each token) and rollouts.parquet. All ranks work on the same rollout: they share its
-memory, not its time.
+prompt adds to each token) and rollouts.parquet. All ranks work on the same rollout, so more GPUs
+lower the memory per GPU but not the time.
 """
 
 import html
@@ -41,57 +41,58 @@ class Args:
     model: str = "Qwen/Qwen3-4B"
     """hub id, local folder, or bare name of a known family"""
     dtype: Literal["bfloat16", "float32", "float64"] = "float32"
-    """of the gradients (the engine samples in float32 at most)"""
+    """dtype of the gradients; the engine samples in float32 where this is float64"""
     dataset: str = "amc23"
     """problems, named as in training (paper: AMC 2023)"""
     seed: int = 1
-    """of sampling"""
+    """seed of sampling"""
 
     # Rollout
     num_rollouts: int = 400
     """responses in all (paper: 400)"""
     num_generations: int = 10
-    """responses per problem (group size G)"""
+    """responses per problem, the group size G"""
     system_prompt: str = "Please reason step by step, and put your final answer within \\boxed{}."
-    """put before every problem; empty for none"""
+    """system prompt of every problem; empty: none"""
     max_completion_length: int = 8192
-    """tokens; cut to the model's context"""
+    """most tokens of a response; reduced to fit the model's context"""
     temperature: float = 1.0
-    """of sampling and of the log-probs"""
+    """sampling temperature, also used for the log-probs"""
     grader: Literal["math-verify", "boxed-string"] = "math-verify"
-    """rules for spelling and then math-verify's algebra, or the authors' comparison of strings"""
+    """math-verify: spelling rules, then math-verify's algebra; boxed-string: the authors' string
+    comparison"""
 
     # Measurement
     bos_token: str = ""
-    """the pre-train space's context; default the tokenizer's BOS, else <|im_start|>"""
+    """token in place of the prompt in pre-train space; default: BOS, or <|im_start|> without BOS"""
     num_finite_steps: int = 20
-    """rollouts for which the step θ + η g₁ is really made"""
+    """rollouts for which the step θ + η g₁ is taken and its effect measured"""
     finite_step: float = 1e-3
-    """what that step adds to mean_t log π(y_t | BOS, y_<t), nats"""
+    """increase of mean_t log π(y_t | BOS, y_<t) by that step, to first order, in nats"""
     num_tokens: int = 200
-    """tokens whose own two gradients are compared"""
+    """single tokens whose two gradients are compared"""
 
     # Run
     preset: Literal["paper", "lab", "smollm"] = "paper"
     """set of defaults, as in training"""
     output_dir: str = ""
-    """folder; default runs/grad_alignment__MODEL__DATASET__sSEED__TIME"""
+    """folder of the results; default: runs/grad_alignment__MODEL__DATASET__sSEED__TIME"""
     num_pages: int = 10
     """responses in tokens.html"""
 
     # Machine
     num_processes: int = 0
-    """0 = one per GPU, or one on a CPU"""
+    """number of processes; 0: one per GPU, or one on a CPU"""
     tensor_parallel_size: int = 1
     """ranks per vLLM engine"""
     gpu_memory_utilization: float = 0.4
-    """share of a GPU's memory for vLLM"""
+    """fraction of a GPU's memory for vLLM"""
     max_tokens_per_microbatch: int = 16384
-    """padded tokens in one forward pass"""
+    """most tokens in one forward pass, padding included"""
     gradient_checkpointing: bool = True
     """recompute each layer's activations in the backward pass"""
     cpu_offload: bool = False
-    """weights in host memory"""
+    """keep the weights in host memory"""
 
 
 def main(args: Args) -> None:
@@ -125,7 +126,7 @@ def main(args: Args) -> None:
     responses = [s["ids"] for s in samples]  # y
     rewards = torch.tensor([s["reward"] for s in samples], dtype=torch.float64)  # [N]
     correct = rewards.mean().item()
-    say(f"{len(samples)} rollouts, {correct:.3f} of them correct; now their gradients")
+    say(f"{len(samples)} rollouts, fraction correct {correct:.3f}; computing their gradients")
 
     logps = {  # of every response's tokens, [N][T]
         "bos": logprobs(policy, [[bos]] * len(prompts), responses, args, device),
@@ -133,7 +134,7 @@ def main(args: Args) -> None:
     }
     result = {"model": args.model, "dataset": args.dataset, "bos": bos, "reward": correct}
     result |= compare_rollouts(policy, prompts, responses, rewards, bos, logps, args, device, say)
-    say("now single tokens")
+    say("computing gradients of single tokens")
     result["tokens"] = compare_tokens(policy, prompts, responses, bos, logps, args, device)
     result["summary"] = summary(result["rollouts"])
     if rank == 0:
@@ -163,13 +164,13 @@ def main(args: Args) -> None:
 
 
 def batch_gradient(policy, contexts, responses, weights: list, args, device) -> list:
-    """∇ Σ_i Σ_t weights_it log π(y_it | context_i, y_i<t), without touching the weights.
+    """∇ Σ_i Σ_t weights_it log π(y_it | context_i, y_i<t); the model stays as it is.
 
     Args:
-        weights: of each response's tokens, [T_i]; a response with only zeros is left out.
+        weights: a tensor [T_i] for each response; a response with only zeros is not computed.
 
     Returns:
-        this rank's shard of the gradient of each parameter. Gradients are None afterwards.
+        this rank's shard of the gradient of each parameter. The parameters' .grad is None again.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     total = [len(x) + len(y) for x, y in zip(contexts, responses)]
@@ -189,23 +190,23 @@ def batch_gradient(policy, contexts, responses, weights: list, args, device) -> 
 
 
 def dot(a: list, b: list) -> float:
-    """Inner product of two sharded vectors, over all ranks, in float64."""
+    """Inner product of two sharded vectors: lists of shards, summed over all ranks in float64."""
     total = sum((u.double() * v.double()).sum() for u, v in zip(a, b)).cpu()
     dist.all_reduce(total)
     return total.item()
 
 
 def cosine(a: list, b: list) -> float:
-    """Of the angle between two sharded vectors; NaN if one is zero."""
+    """Cosine of the angle between two sharded vectors; NaN if one of them is zero."""
     norms = math.sqrt(dot(a, a) * dot(b, b))
     return dot(a, b) / norms if norms else float("nan")
 
 
 def alignment(policy, contexts, prompts, responses, weights, rewards, args, device) -> dict:
-    """How far this update points along GRPO's: the cosine of the two batch gradients.
+    """The cosine of this update's batch gradient with GRPO's on the same samples.
 
     Args:
-        weights: A [N] of the update in its space, 0 for samples that do not count; rewards: [N].
+        weights: A [N] of the update, 0 for samples outside its loss; rewards: [N].
     """
     grpo = common.advantages(rewards, args.num_generations, "grpo")
     each = [torch.ones(len(y)) for y in responses]
@@ -237,7 +238,11 @@ def logprobs(policy, contexts, responses, args, device) -> list[np.ndarray]:
 
 
 def compare_rollouts(policy, prompts, responses, rewards, bos, logps, args, device, say) -> dict:
-    """Rollout by rollout g₁ and g₂, the finite steps, and the batch's updates."""
+    """g₁ and g₂ of each rollout, the finite steps, and the cosines of the batch's updates.
+
+    Returns:
+        rollouts, finite_steps and cosine_to_grpo, as in alignment.json.
+    """
     r_bar = common.advantages(rewards, args.num_generations, "mean")
     updates = {  # name -> space and A [N]
         "GRPO": ("x", common.advantages(rewards, args.num_generations, "grpo")),
@@ -294,7 +299,7 @@ def compare_rollouts(policy, prompts, responses, rewards, bos, logps, args, devi
 
 
 def compare_tokens(policy, prompts, responses, bos, logps, args, device) -> list[dict]:
-    """The two gradients of single tokens, drawn evenly from rollouts and positions."""
+    """The two gradients of single tokens: a random rollout, then a random position in it."""
     rng, rows = random.Random(args.seed), []
     for _ in range(args.num_tokens):
         i = rng.randrange(len(responses))
@@ -318,11 +323,11 @@ def compare_tokens(policy, prompts, responses, bos, logps, args, device) -> list
 
 
 def summary(rollouts: list[dict]) -> dict:
-    """The figures of the paper's figure 2, over all rollouts and split by reward."""
+    """The numbers of the paper's figure 2, for all, correct and incorrect rollouts."""
     groups = {
         "all": rollouts,
-        "right": [r for r in rollouts if r["reward"] == 1],
-        "wrong": [r for r in rollouts if r["reward"] != 1],
+        "correct": [r for r in rollouts if r["reward"] == 1],
+        "incorrect": [r for r in rollouts if r["reward"] != 1],
     }
     result = {}
     for name, rows in groups.items():
@@ -333,7 +338,7 @@ def summary(rollouts: list[dict]) -> dict:
                 "inner_product_mean": inner.mean(),
                 "inner_product_max": inner.max(),
                 "inner_product_min": inner.min(),
-                "share_negative": float((inner < 0).mean()),
+                "fraction_negative": float((inner < 0).mean()),
                 "cosine_mean": np.mean([r["cosine"] for r in rows]),
                 "logprob_difference_mean": np.mean(
                     [r["logprob_x"] - r["logprob_bos"] for r in rows]
@@ -343,7 +348,7 @@ def summary(rollouts: list[dict]) -> dict:
 
 
 def report(result: dict) -> str:
-    """The console's table."""
+    """The table and lines that the console shows."""
     summaries = result["summary"]
     lines = [f"{'':28}" + "".join(f"{name:>12}" for name in summaries)]
     for key in summaries["all"]:
@@ -386,7 +391,7 @@ def draw(result: dict, path: Path) -> None:
         axes[0].hist(values, bins=bins, label=f"{name} ({len(values)})", **style)
     axes[0].axvline(0, color=grey, linewidth=1)
     axes[0].set_title(
-        f"⟨g₁, g₂⟩: mean {all_['inner_product_mean']:.3g}, negative {all_['share_negative']:.1%}"
+        f"⟨g₁, g₂⟩: mean {all_['inner_product_mean']:.3g}, negative {all_['fraction_negative']:.1%}"
     )
     axes[0].set_xlabel("inner product of ∇ log π(y) and ∇ log π(y|x)")
     axes[0].set_ylabel("rollouts")

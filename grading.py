@@ -1,9 +1,9 @@
 r"""Is an answer correct? The last \boxed{} of a response against the reference answer.
 
 To verify a response is to give it its reward. The grader (--grader) is the rule that decides. The
-verifier is the worker processes in which it runs: algebra on hostile answers may hang, eat memory
-or crash, and none of this may reach the run. A worker past its deadline is killed and replaced,
-the answer scores 0.
+verifier is a pool of worker processes that run it: algebra on hostile answers may hang, take all
+memory or crash, and this must not affect the run. A worker that takes too long is killed and
+replaced, and the answer gets reward 0.
 """
 
 import multiprocessing
@@ -27,9 +27,9 @@ LONGEST = 1000  # characters; no answer is longer, and parsing time grows fast
 
 
 def last_boxed(text: str) -> str | None:
-    r"""The content of the last \boxed that closes and holds something, "" if all are empty.
+    r"""The content of the last closed, non-empty \boxed{}; "" if all are empty, None without a box.
 
-    \fbox counts as well, and \boxed without braces takes the next word. None if there is no box.
+    \fbox counts as well, and \boxed without braces takes the next word.
 
     >>> last_boxed(r"\boxed{1} so \boxed{\frac{1}{2}}"), last_boxed(r"\boxed{1")
     ('\\frac{1}{2}', None)
@@ -55,7 +55,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def start_worker() -> None:
-    """Limit the process's memory, counted from what it has at the start, and keep it quiet."""
+    """In a new worker: allow MEMORY bytes more than it has now, and discard what it prints."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -66,7 +66,7 @@ def start_worker() -> None:
 
 
 def start_verifier():
-    """Processes that verify answers; one that passes its deadline is killed and replaced."""
+    """Start the verifier, a pool of processes; one that takes too long is killed and replaced."""
     from pebble import ProcessPool
 
     import workarounds  # not by the workers, which need no torch
@@ -83,10 +83,10 @@ def start_verifier():
 
 
 def verify_answer(answer: str, reference: str, seconds: float) -> bool:
-    """math_verify_equal(). The kernel kills this worker when it has computed for `seconds`.
+    """math_verify_equal() with a limit of CPU `seconds`, at which the kernel kills this worker.
 
-    It counts the process's own time, so that the reward does not depend on what else the machine
-    does. A signal with Python's handler would wait for the end of a long multiplication.
+    CPU time, so that the reward does not depend on what else the machine does. A signal handler in
+    Python would have to wait for the end of a long multiplication.
     """
     signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
@@ -96,10 +96,10 @@ def verify_answer(answer: str, reference: str, seconds: float) -> bool:
 
 
 def math_verify_equal(answer: str, reference: str) -> bool:
-    """Does an answer say the same as the reference? Runs in a worker.
+    """Is an answer equal to the reference answer? Both are LaTeX. Runs in a worker.
 
-    The outer shape (list, interval, unit, base, ...) is read by the rules of answers.py. Plain
-    expressions inside it are compared by math-verify (algebra.py).
+    answers.py reads the outer shape (list, interval, unit, base, ...). math-verify compares the
+    plain expressions inside it (algebra.py).
     """
     from algebra import same_expression
 
@@ -107,20 +107,23 @@ def math_verify_equal(answer: str, reference: str) -> bool:
 
 
 def submit(verifier, function, *words: str):
-    """A result to come, within TIMEOUT seconds of the worker's CPU time."""
+    """A future of function(*words, TIMEOUT) in a worker; TIMEOUT is in CPU seconds."""
     return verifier.schedule(function, args=(*words, TIMEOUT), timeout=WAIT + WAIT * TIMEOUT)
 
 
 def out_of_time(error: Exception) -> bool:
-    """Was the worker ended by its timer or, as a last resort, by the pool's own?"""
+    """Did the worker's timer end it or, as a last resort, the pool's?"""
     return isinstance(error, TimeoutError) or getattr(error, "exitcode", 0) == -signal.SIGPROF
 
 
 def verify(verifier, texts: list[str], references: list[str], args) -> tuple[list[float], int, int]:
-    r"""Reward r ∈ {0, 1} of each response, with the numbers of time-outs and errors.
+    r"""Rewards r ∈ {0, 1} of the responses, the number of time-outs and the number of errors.
 
-    Only the content of the last \boxed{} counts. Equal strings and equal integers need no algebra;
-    the others go to the verifier, each distinct pair once.
+    Only the content of the last \boxed{} counts. Equal strings and equal integers need no algebra.
+    The others go to the verifier, each different pair once.
+
+    Args:
+        texts: the responses; references: the reference answer of each.
     """
     pairs = [(last_boxed(text), reference.strip()) for text, reference in zip(texts, references)]
     correct, futures = {}, {}
@@ -148,7 +151,7 @@ def verify(verifier, texts: list[str], references: list[str], args) -> tuple[lis
 
 
 def verify_reference(reference: str, seconds: float) -> bool:
-    """Does a usual form of a reference answer meet it? Runs in a worker, as verify_answer."""
+    """Is a usual form of a reference answer equal to it? Runs in a worker, like verify_answer."""
     from algebra import same_value
 
     signal.setitimer(signal.ITIMER_PROF, seconds)
@@ -159,11 +162,11 @@ def verify_reference(reference: str, seconds: float) -> bool:
 
 
 def bad_references(verifier, references: list[str], args) -> list[int]:
-    """Indices of the reference answers that no usual form of themselves meets.
+    """Indices of the reference answers that the grader cannot use.
 
-    Each is written again as a model would write it, and that is verified against it: a reference
-    that is broken equals itself as a string, but no answer. With --grader boxed-string only empty
-    ones are bad.
+    The reference answer is written in a usual form, as a model would write it. If the grader does
+    not accept this form, no response can be correct. With --grader boxed-string only empty ones are
+    bad.
     """
     futures = {
         reference: submit(verifier, verify_reference, reference)

@@ -1,6 +1,6 @@
-"""Everything around the algorithm: command line, processes, output folder, checkpoints.
+"""What surrounds the algorithm: command line, processes, output folder, checkpoints.
 
-Small, independent functions, used by all programs; a reader of the algorithms can skip them.
+Small, independent functions that all programs use. A reader of the algorithms can skip them.
 """
 
 import ctypes
@@ -83,9 +83,13 @@ PRESETS = {
 
 
 def fail(message: str) -> None:
-    """Bad input: one line on stderr, from every node's first rank; exit code 2.
+    """Print "error: MESSAGE" on stderr and exit with code 2: for bad input.
 
-    Another rank waits first: if all have failed, the launcher stops it before it repeats the line.
+    The first rank of a node prints at once. The others wait 5 s: if all ranks fail, the launcher
+    stops them before they repeat the line.
+
+    Raises:
+        SystemExit.
     """
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(5)
@@ -98,18 +102,18 @@ def first_line(error: Exception | str) -> str:
 
 
 def announce(message: str) -> None:
-    """One line from rank 0, before quiet() takes over the console."""
+    """Print one line on rank 0, before quiet() redirects the console."""
     if os.environ.get("RANK", "0") == "0":
         print(message, flush=True)
 
 
 def help_text(Args, default) -> str:
-    """What --help prints, by sections: tyro puts all flags of a flat dataclass in one group."""
+    """The text of --help, in sections: tyro would put all flags of a dataclass in one group."""
     module = sys.modules[Args.__module__]
     script = Path(module.__file__).name
     text = f"usage: {script} [--preset lab|smollm] [flags]\n\n{first_line(module.__doc__)}\n"
-    text += "The default of each flag is in [ ]; --preset changes defaults, and so this list.\n"
-    text += "paper: the authors' published scripts for Qwen3-4B, or else the paper's text.\n"
+    text += "Defaults are in [ ]. With --preset, this list shows the preset's defaults.\n"
+    text += "(paper: ...) is the value in the authors' scripts for Qwen3-4B, else in the paper.\n"
     before = ""
     for section, name, kind, meaning in flags.read_flags(inspect.getsource(module)):
         text += f"\n{section}\n" if section != before else ""
@@ -118,7 +122,8 @@ def help_text(Args, default) -> str:
             kind, value = "(or --no-...)", "on" if value else "off"
         value = " ".join(map(str, value)) if isinstance(value, tuple) else value
         flag = f"  --{name.replace('_', '-')} {kind}"
-        lines = textwrap.wrap(f"{meaning} [{value if value != '' else 'none'}]", 66)
+        text_of_flag = f"{meaning} [{value if value != '' else 'none'}]"
+        lines = textwrap.wrap(text_of_flag, 66, break_on_hyphens=False)
         if len(flag) > 31:
             text, flag = f"{text}{flag}\n", ""
         text += "".join(f"{flag if i == 0 else '':32}{x}\n" for i, x in enumerate(lines))
@@ -126,7 +131,11 @@ def help_text(Args, default) -> str:
 
 
 def parse_args(Args):
-    """Command line -> Args, with the preset's values in place of the dataclass's defaults."""
+    """The command line as an Args, where --preset replaces the dataclass's defaults.
+
+    Raises:
+        SystemExit: after --help, and for an unknown flag or a value of the wrong type.
+    """
     import tyro
 
     argv = [word for arg in sys.argv[1:] for word in arg.split("=", 1)]
@@ -141,7 +150,7 @@ def parse_args(Args):
 
 
 def check_args(args) -> None:
-    """Refuse values no run can have, before anything is loaded."""
+    """Refuse flags with invalid values, before anything is loaded: see fail()."""
     world_size = dist.get_world_size()
     positive = "num_prompts num_generations num_samples num_minibatches max_completion_length"
     positive += " eval_num_samples tensor_parallel_size"
@@ -159,13 +168,13 @@ def check_args(args) -> None:
     if getattr(args, "num_generations", 2) == 1:
         alone = {"reinforce++": not getattr(args, "warmup_steps", 0), "sign": True}
         if not alone.get(getattr(args, "advantage", "mean")):  # a warm-up's is r - group mean
-            fail("--num-generations 1 leaves every advantage 0: a group needs 2 or more responses")
+            fail("--num-generations 1 makes every advantage 0: give 2 or more")
     names = getattr(args, "datasets", ()) or getattr(args, "eval_datasets", ())
     stems = [Path(name).stem for name in names]
     if twice := {stem for stem in stems if stems.count(stem) > 1}:
-        fail(f"two evaluation sets are called {min(twice)}: their figures would be mixed up")
+        fail(f"two evaluation sets have the name {min(twice)}: rename one, as metrics are by name")
     if getattr(args, "resume", "") in ("auto", True) and not args.output_dir:
-        fail("--resume needs --output-dir, the folder of the run to go on with")
+        fail("--resume needs --output-dir, the folder of the run to continue")
     if world_size % args.tensor_parallel_size:
         fail(
             f"--tensor-parallel-size {args.tensor_parallel_size} does not divide the {world_size} "
@@ -174,36 +183,38 @@ def check_args(args) -> None:
     needed = 32 if args.tensor_parallel_size > 1 else 1  # MiB: vLLM's queue of ranks takes 24
     shared = Path("/dev/shm")
     if not shared.is_dir() or shutil.disk_usage(shared).free < needed * 2**20:
-        fail(
-            f"/dev/shm has less than {needed} MiB free; in a container, start it with --shm-size=1g"
-        )
+        fail(f"/dev/shm has less than {needed} MiB free: start the container with --shm-size=1g")
     engines = world_size // args.tensor_parallel_size
     if getattr(args, "num_prompts", engines) < engines:
-        fail(f"--num-prompts {args.num_prompts}: the {engines} engines need a prompt each")
+        fail(f"--num-prompts {args.num_prompts}: each of the {engines} engines needs a prompt")
     if getattr(args, "track", "none") != "none":
         try:
             __import__(args.track)
         except ImportError:
-            fail(f"--track {args.track}: pip install {args.track}")
+            fail(f"--track {args.track} needs a package: pip install {args.track}")
 
 
 FEWEST_FILES = 256  # that a process may have open; a rank of two needs some 100 on a CPU
 
 
 def raise_open_files() -> None:
-    """Let this process and its children open as many files as they may; refuses a tight limit."""
+    """Raise this process's limit of open files to what the system allows, at most 65536.
+
+    Refuses to start if that is less than FEWEST_FILES. Child processes inherit the limit.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     if wanted < FEWEST_FILES:
-        fail(f"a process may open only {hard} files, and needs {FEWEST_FILES}: raise ulimit -n")
+        fail(f"a process may open only {hard} files but needs {FEWEST_FILES}: raise ulimit -n")
 
 
 def launch(main, args) -> None:
-    """Run main(args) in one process per GPU (`--num-processes` on a CPU), or as torchrun's rank.
+    """Run main(args) in one process per GPU, or in --num-processes of them; exit as they do.
 
-    Processes are started by torch.distributed.run, which is what `torchrun` calls.
+    torch.distributed.run, which `torchrun` calls, starts the processes. Each runs the same command
+    and comes here again, as does a rank that `torchrun` has started: it runs main(args).
     """
     raise_open_files()
     if "RANK" in os.environ:
@@ -224,12 +235,12 @@ def launch(main, args) -> None:
     if not torch.cuda.is_available() and args.preset == "paper" and not Path(args.model).is_dir():
         fail(
             f"no GPU was found, and {args.model} with the paper's setting needs a GPU node. On a "
-            "laptop: --preset lab or --preset smollm, or a local model folder as --model"
+            "laptop use --preset lab or --preset smollm, or give a local model folder as --model"
         )
     gpus = torch.cuda.device_count()
     n = args.num_processes or gpus or 1
     if n < 0 or 0 < gpus < n:
-        fail(f"--num-processes {n}: there are {gpus} GPUs, and each process needs one")
+        fail(f"--num-processes {n}: each process needs a GPU, and this machine has {gpus}")
     cores = len(os.sched_getaffinity(0))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, min(8, cores // n))))
     if n > 1:  # spinning threads would take the cores from the other ranks'
@@ -254,14 +265,14 @@ def launch(main, args) -> None:
 
 
 def forward_signals() -> None:
-    """In the launcher: SIGTERM and Ctrl-C go on to the ranks; a second one kills them."""
+    """In the launcher: pass SIGTERM and Ctrl-C on to the ranks; a second signal kills them."""
     asked = []
 
     def handler(number, frame):
         pid = os.getpid()
         ranks = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         if not asked:
-            print("stopping at the end of this step; again to stop at once", file=sys.stderr)
+            print("stopping after this step; repeat the signal to stop at once", file=sys.stderr)
         for rank in ranks:
             os.kill(int(rank), signal.SIGKILL if asked else number)
         if asked:
@@ -296,27 +307,30 @@ def init_distributed() -> tuple[int, int, torch.device]:
 
 
 def wait_for_all() -> None:
-    """A barrier that outlasts any download, read or write of a rank.
+    """A barrier that also waits for a rank's long download, read or write: up to a week.
 
-    Collectives give up after 30 minutes. A rank that dies meanwhile ends the run all the same: the
-    launcher stops the others.
+    Other collectives give up after 30 minutes. If a rank dies, the launcher stops the others.
     """
     dist.barrier(PATIENT[0] if PATIENT else None)
 
 
 def catch_signals() -> None:
-    """From here on SIGTERM and Ctrl-C wait for the end of the step."""
+    """From now on, note SIGTERM and Ctrl-C for stop_if_asked(), at the end of the step."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: STOP_SIGNALS.append(number))
 
 
 def stop_if_asked(folder: Path, step: int, policy, optimizer, args, engine, verifier, say) -> None:
-    """If a rank has got SIGTERM or Ctrl-C: save a checkpoint and exit with 128 + the signal."""
+    """If a rank has received SIGTERM or Ctrl-C, save a checkpoint and exit.
+
+    Raises:
+        SystemExit: its code is 128 + the signal's number.
+    """
     number = torch.tensor(STOP_SIGNALS[0] if STOP_SIGNALS else 0)
     dist.all_reduce(number, dist.ReduceOp.MAX)
     if number:
         save_checkpoint(folder, step, policy, optimizer, args)
-        say(f"stopped after step {step}; go on with --output-dir {folder} --resume auto")
+        say(f"stopped after step {step}; continue with --output-dir {folder} --resume auto")
         verifier.stop()
         shutdown(engine)
         sys.exit(128 + int(number))
@@ -337,7 +351,10 @@ LOCKS = []  # files that stay open: see lock_folder()
 
 
 def make_output_dir(args) -> Path:
-    """The run's folder, the same on every rank, with args.json."""
+    """Make the run's folder and write args.json. Returns its path, the same on every rank.
+
+    Refuses a folder of another run, unless --resume continues that run with compatible flags.
+    """
     script = Path(sys.argv[0]).stem
     when = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     datasets = (args.dataset,) if hasattr(args, "dataset") else args.datasets
@@ -348,7 +365,7 @@ def make_output_dir(args) -> Path:
     marks = ("metrics.jsonl", "parts", "results.json", "alignment.json")
     used = any((folder / name).exists() for name in marks)
     if used and not getattr(args, "resume", False):
-        fail(f"{folder} holds another run: give another --output-dir, or --resume to go on with it")
+        fail(f"{folder} holds another run: give another --output-dir, or --resume to continue it")
     if used:
         refuse_changes(folder, script, args)
     wait_for_all()
@@ -360,9 +377,9 @@ def make_output_dir(args) -> Path:
             text = json.dumps({"script": script, **vars(args)}, indent=2)
             (folder / "args.json").write_text(text + "\n")
     except BlockingIOError:
-        refused = f"another run writes to {folder} at this moment: give another --output-dir"
+        refused = f"another run is writing to {folder}: give another --output-dir"
     except OSError as error:
-        refused = f"the output folder cannot be written: {error}"
+        refused = f"the output folder cannot be written: {error}; give another --output-dir"
     wait_for_all()
     reasons = [None] * dist.get_world_size()
     dist.all_gather_object(reasons, refused)  # one rank's reason ends all in good order
@@ -372,10 +389,10 @@ def make_output_dir(args) -> Path:
 
 
 def lock_folder(folder: Path) -> None:
-    """Mark the folder as in use until this process ends, in whatever way.
+    """Mark the folder as in use. The mark goes when this process ends, however it ends.
 
     Raises:
-        BlockingIOError: another living run has marked it.
+        BlockingIOError: another run is using the folder.
     """
     LOCKS.append(open(folder / "args.json", "a"))
     try:
@@ -387,7 +404,7 @@ def lock_folder(folder: Path) -> None:
 
 
 def refuse_changes(folder: Path, script: str, args) -> None:
-    """Refuse to go on with the run in `folder` under flags that would make it another run."""
+    """Refuse to continue the run in `folder` if a flag differs that --resume may not change."""
     before = json.loads((folder / "args.json").read_text())
     now = json.loads(json.dumps(dataclasses.asdict(args)))  # tuples become lists, as in the file
     changed = [
@@ -396,14 +413,18 @@ def refuse_changes(folder: Path, script: str, args) -> None:
         if key in before and key not in flags.changeable(script) and before[key] != value
     ]
     if changed:
-        fail(f"--resume cannot go on with {folder}: {'; '.join(changed)}")
+        fail(f"--resume cannot continue {folder}: {'; '.join(changed)}")
 
 
 KEPT_CHECKPOINTS = 2  # older ones are removed
 
 
 def check_disk(folder: Path, path: str, args) -> None:
-    """Refuse to start if the checkpoints and the final model will not fit on the disk."""
+    """Refuse to start if the disk has no room for the checkpoints and the final model.
+
+    Args:
+        path: folder of the model's weights.
+    """
     from safetensors import safe_open
 
     count = 0
@@ -418,15 +439,18 @@ def check_disk(folder: Path, path: str, args) -> None:
     if free < needed:
         fail(
             f"{folder} has {free / 2**30:.1f} GiB free, but the run needs {needed / 2**30:.1f} GiB "
-            f"({checkpoints:.0f} checkpoints and the model): another --output-dir, or "
+            f"({checkpoints:.0f} checkpoints and the model): give another --output-dir, or "
             "--save-every 0"
         )
 
 
 def quiet(folder: Path):
-    """Send everything the libraries print to log_rank*.txt; return print for the console (rank 0).
+    """Redirect stdout and stderr, where libraries print, to log_rank*.txt.
 
-    An exception that ends the process is still shown on the console, in one line.
+    An exception that ends the process still shows one line on the console.
+
+    Returns:
+        say(...), which prints on the console; on ranks other than 0 it does nothing.
     """
     rank = dist.get_rank()
     console = os.fdopen(os.dup(2), "w", buffering=1)
@@ -444,7 +468,10 @@ def quiet(folder: Path):
 
 
 def make_logger(folder: Path, args):
-    """log(step, metrics) to metrics.jsonl, TensorBoard, and wandb or trackio (--track); rank 0."""
+    """A function log(step, metrics): to metrics.jsonl, TensorBoard and --track's service.
+
+    Only rank 0 writes. A value that is not finite is null in metrics.jsonl.
+    """
     if dist.get_rank() != 0:
         return lambda step, metrics: None
     from torch.utils.tensorboard import SummaryWriter
@@ -482,9 +509,9 @@ def make_logger(folder: Path, args):
 
 
 def save_completions(folder: Path, step: int, prompts, samples, A, in_loss, tokenizer) -> None:
-    """completions/step_*.parquet: one row a sample (rank 0), from which the step can be replayed.
+    """Write completions/step_*.parquet on rank 0: one row per sample, enough to replay the step.
 
-    logprobs are the sampler's, of each token of response_ids, which ends with the stop token.
+    logprobs has the sampler's log-prob of each token of response_ids, the stop token included.
     """
     if dist.get_rank() != 0:
         return
@@ -512,7 +539,7 @@ def save_completions(folder: Path, step: int, prompts, samples, A, in_loss, toke
 
 
 def save_model(folder: Path, policy, config, tokenizer, path: str, dtype: torch.dtype) -> None:
-    """model/: a Hugging Face checkpoint, gathered one parameter at a time into rank 0's memory."""
+    """Write model/, a Hugging Face checkpoint: rank 0 gathers one parameter at a time."""
     from huggingface_hub import save_torch_state_dict
 
     device = "cuda" if torch.cuda.is_available() else "cpu"  # offloaded shards travel by the GPU
@@ -530,7 +557,11 @@ def save_model(folder: Path, policy, config, tokenizer, path: str, dtype: torch.
 
 
 def save_config(out: Path, config, architecture: str, tokenizer, path: str, dtype) -> None:
-    """What a Hugging Face folder holds beside the weights; `path` is that of the first model."""
+    """Write config, tokenizer and generation_config.json to `out`, a Hugging Face folder.
+
+    Args:
+        path: folder of the model that training began with.
+    """
     from transformers import GenerationConfig
 
     config.dtype = dtype
@@ -542,7 +573,7 @@ def save_config(out: Path, config, architecture: str, tokenizer, path: str, dtyp
 
 
 def timer():
-    """A clock: times["name"] += seconds since the last call of lap("name")."""
+    """A clock whose lap("name") adds the seconds since the last lap to its times["name"]."""
     clock = types.SimpleNamespace(times={}, last=time.perf_counter())
 
     def lap(name: str) -> None:
@@ -560,7 +591,7 @@ PEAK_BYTES = [0]  # of the GPU's memory; see note_memory()
 
 
 def note_memory() -> None:
-    """Note how much of the GPU is in use, where that is at its peak: before caches are emptied.
+    """Record the GPU's memory in use. Called where it is at its peak, before caches are emptied.
 
     The CUDA allocator's own peak would count the sleeping engine, which takes no memory.
     """
@@ -570,14 +601,19 @@ def note_memory() -> None:
 
 
 def peak_memory_gib() -> float:
-    """Peak so far, GiB: of the GPU, whoever uses it; on a CPU, of this process's resident set."""
+    """Peak memory so far in GiB: of the whole GPU; on a CPU, this process's resident memory."""
     if torch.cuda.is_available():
         return PEAK_BYTES[0] / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def speed_metrics(clock, rollout_tokens: int, update_tokens: int) -> dict:
-    """Seconds of each part, tokens per second, peak memory."""
+    """Metrics of speed: seconds of each part of the step, tokens per second, peak GiB.
+
+    Args:
+        rollout_tokens: response tokens that were sampled.
+        update_tokens: response tokens that the update computed.
+    """
     times = dict(clock.times)
     return {
         **times,
@@ -589,7 +625,7 @@ def speed_metrics(clock, rollout_tokens: int, update_tokens: int) -> dict:
 
 
 def progress_line(metrics: dict, num_steps: int) -> str:
-    """The step in one line of the console."""
+    """The console's line for a step."""
     updated = not math.isnan(metrics["policy/grad_norm"])
     parts = [
         f"step {metrics['step']}/{num_steps} {metrics['phase']:8}",
@@ -605,7 +641,10 @@ def progress_line(metrics: dict, num_steps: int) -> str:
 
 
 def make_warner(args, say):
-    """warn(metrics): a line for each kind of step that trains on nothing, once a run."""
+    """A function warn(metrics), which warns of steps without a training signal.
+
+    It prints at most one line of each kind in a run.
+    """
     said = set()
 
     def warn(metrics: dict) -> None:
@@ -619,18 +658,18 @@ def make_warner(args, say):
         if step <= 1 and max(share["truncated"], default=0) > 0.5:
             lines["truncated"] = (
                 f"{max(share['truncated']):.0%} of the responses reached --max-completion-length "
-                f"{args.max_completion_length} and score 0: is it too short, or does the model "
-                "not end its answers (see the stop tokens above)?"
+                f"{args.max_completion_length} and get reward 0: it may be too short, or the model "
+                "may not end its responses (see the stop tokens above)"
             )
         if share["boxed"] and max(share["boxed"]) == 0:
             lines["boxed"] = (
-                r"no response has a \boxed{} answer, so all score 0: does the prompt ask for one "
-                "(--system-prompt)?"
+                r"no response has its answer in \boxed{}, so all get reward 0: ask for it in "
+                "--system-prompt"
             )
         if metrics.get("reward/solve_all", 0) + metrics.get("reward/solve_none", 0) == 1:
             lines["groups"] = (
-                "every group is all correct or all incorrect, so no sample has an advantage: are "
-                "the problems too easy or too hard for this model?"
+                "every group is all correct or all incorrect, so r - group mean is 0: the problems "
+                "may be too easy or too hard for this model"
             )
         for kind, line in lines.items():
             if kind not in said:
@@ -641,13 +680,13 @@ def make_warner(args, say):
 
 
 def eval_line(metrics: dict) -> str:
-    """The accuracies among the metrics, on one line."""
+    """The metrics avg@k and pass@k of each evaluation set, on one line."""
     scores = ((key.removeprefix("eval/"), value) for key, value in metrics.items() if "@" in key)
     return "  ".join(f"{key} {value:.3f}" for key, value in scores)
 
 
 def say_summary(folder: Path, say) -> None:
-    """The run's evaluations before and after, its curves, and where its outputs are."""
+    """Draw curves.png; print the first and last evaluation and where the outputs are."""
     if dist.get_rank() != 0:
         return
     import plot
@@ -665,32 +704,32 @@ def say_summary(folder: Path, say) -> None:
             ratio = f"{last[key] / first[key]:8.2f}x" if first[key] else "        -"
             say(f"{key.removeprefix('eval/'):34} {first[key]:9.3f} {last[key]:9.3f} {ratio}")
     seconds = sum(row.get("time/step", 0.0) for row in rows)
-    say(f"{len(rows)} lines of metrics, {seconds:.0f} s of steps")
-    say(f"metrics.jsonl, curves.png, completions and the final model/ are in {folder}")
+    say(f"all steps together took {seconds:.0f} s")
+    say(f"metrics.jsonl, curves.png, completions/ and the final model/ are in {folder}")
 
 
 # -------------------------------------------------------------------------------------- checkpoints
 
 
 def find_checkpoint(folder: Path, args) -> Path | None:
-    """--resume: a checkpoint's path, or "auto", the latest of the run if it has one."""
+    """The checkpoint that --resume names, or None. "auto" is the run's latest, if it has one."""
     path = Path(args.resume) if args.resume else None
     if args.resume == "auto":
         found = sorted(p for p in (folder / "checkpoints").glob("step_??????") if p.is_dir())
         chosen = [found[-1] if found else None]
         dist.broadcast_object_list(chosen)  # ranks that see other files must not go other ways
         path = chosen[0]
-        announce(f"going on from {path}" if path else f"no checkpoint in {folder}: from step 1")
+        announce(f"continuing from {path}" if path else f"no checkpoint in {folder}: from step 1")
     elif path and not (path / ".metadata").is_file():
-        fail(f"--resume {path}: no checkpoint is there; give RUN/checkpoints/step_NNNNNN, or auto")
+        fail(f"--resume {path} is not a checkpoint: give RUN/checkpoints/step_NNNNNN, or auto")
     return path
 
 
 def save_checkpoint(folder: Path, step: int, policy, optimizer, args) -> None:
-    """checkpoints/step_*: weights and optimiser state, every rank its shards; whole or absent.
+    """Write checkpoints/step_*: weights and optimiser state, each rank its own shards.
 
-    No more is needed: phase, data order and sampling seeds are functions of (seed, step). Older
-    checkpoints than the last two go when the new one is complete.
+    Nothing else is needed: phase, data order and sampling seeds are functions of (seed, step). The
+    folder gets its name once it is complete; then all but the last two checkpoints are removed.
     """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict
@@ -714,9 +753,9 @@ def save_checkpoint(folder: Path, step: int, policy, optimizer, args) -> None:
 
 
 def load_checkpoint(folder: Path, policy, optimizer, path: Path | None) -> int:
-    """Restore the checkpoint, if there is one. Returns its step, else 0.
+    """Restore the checkpoint at `path`, if any. Returns its step, or 0 without a checkpoint.
 
-    Later lines of metrics.jsonl are cut off, so that every step is there once.
+    Removes later lines from metrics.jsonl, so that each step is there once.
     """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict

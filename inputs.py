@@ -1,4 +1,7 @@
-"""What a run reads: the model's files and BOS, problems and their prompts."""
+"""Read what a run needs: the model's files, its special tokens, problems and their prompts.
+
+Bad input ends the program with one line: harness.fail().
+"""
 
 import collections
 import datetime
@@ -21,7 +24,7 @@ HUB_OWNERS = {"Qwen": "Qwen", "Llama": "meta-llama", "SmolLM": "HuggingFaceTB"}
 
 
 def resolve_model(name: str) -> str:
-    """A folder, a hub id, "smollm2", or the bare name of a known family.
+    """The folder or hub id that --model names: either of them, "smollm2", or a bare family name.
 
     >>> resolve_model("Qwen2.5-Math-7B")
     'Qwen/Qwen2.5-Math-7B'
@@ -35,7 +38,7 @@ def resolve_model(name: str) -> str:
     if "/" not in name:
         owner = next((o for family, o in HUB_OWNERS.items() if name.startswith(family)), None)
         if owner is None:
-            fail(f"--model {name}: no such folder, and no known family; give a hub id OWNER/NAME")
+            fail(f"--model {name}: no such folder or known family; give a hub id OWNER/NAME")
         return f"{owner}/{name}"
     if name.startswith(("/", ".")):
         fail(f"--model {name}: no such folder")
@@ -43,7 +46,7 @@ def resolve_model(name: str) -> str:
 
 
 def load_model_files(args):
-    """Config, tokenizer and local path of --model; refuses what the trainer cannot handle."""
+    """Path, config and tokenizer of --model; refuses a model that the trainer cannot handle."""
     from transformers import AutoConfig
 
     fix_date(args)
@@ -59,7 +62,8 @@ def load_model_files(args):
     except Exception as error:
         fail(f"--model {args.model} cannot be loaded: {first_line(error)}")
     if off := models.dropouts(config):
-        announce(f"dropout is off: {', '.join(f'{k} {v:g}' for k, v in off.items())} by config")
+        found = ", ".join(f"{key} {value:g}" for key, value in off.items())
+        announce(f"config.json has {found}: training turns dropout off")
     if config.num_attention_heads % args.tensor_parallel_size:
         fail(
             f"--tensor-parallel-size {args.tensor_parallel_size} does not divide the model's "
@@ -69,7 +73,11 @@ def load_model_files(args):
 
 
 def local_folder(source: str, kinds: list[str]) -> str:
-    """The folder itself, or that of a hub id's files of these kinds, fetched once on every node."""
+    """The folder `source`, or the local folder of a hub id's files; each node fetches them once.
+
+    Args:
+        kinds: patterns of the files' names.
+    """
     from huggingface_hub import snapshot_download
 
     if Path(source).is_dir():
@@ -81,7 +89,7 @@ def local_folder(source: str, kinds: list[str]) -> str:
 
 
 def fix_date(args) -> None:
-    """args.date, which chat templates print: the day when the run began, also after --resume."""
+    """Set args.date, which chat templates print: the day when the run began, also on --resume."""
     file = Path(getattr(args, "output_dir", "") or ".") / "args.json"
     day = None
     if getattr(args, "resume", "") and file.is_file():
@@ -92,10 +100,10 @@ def fix_date(args) -> None:
 
 
 def load_tokenizer(path: str):
-    """The tokenizer of a folder, as its tokenizer.json has it.
+    """The tokenizer that a folder's tokenizer.json defines.
 
-    Some folders name another class than the one that their tokenizer.json is of. transformers
-    believes the name, and then e.g. deepseek-math-7b loses all spaces of a prompt.
+    Some folders name a tokenizer class that does not fit this file. transformers then uses the
+    class, and deepseek-math-7b, for one, loses all spaces of a prompt.
     """
     from tokenizers import Tokenizer
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -106,41 +114,42 @@ def load_tokenizer(path: str):
         wanted = Tokenizer.from_file(str(file)).encode(text, add_special_tokens=False).ids
         if tokenizer.encode(text, add_special_tokens=False) != wanted:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
-            announce("the folder names another tokenizer than its tokenizer.json: the file is used")
+            announce("the folder's tokenizer class does not fit tokenizer.json: the file is used")
     return tokenizer
 
 
 def num_tokens(tokenizer, config) -> int:
-    """Ids that can occur: those of the tokenizer that have an embedding.
+    """The number of ids that can occur: tokens of the tokenizer that have an embedding.
 
-    Qwen has more embeddings than tokens, and Gemma 3 and R1-Distill-Llama a token more than
-    embeddings. Neither kind of id is ever sampled.
+    Qwen has more embeddings than tokens; Gemma 3 and R1-Distill-Llama have one token more than
+    embeddings. Such ids are never sampled.
     """
     return min(len(tokenizer), config.vocab_size)
 
 
 def find_bos(tokenizer, bos_token: str) -> int:
-    """Id of the pre-train space's one-token context: --bos-token, BOS, else <|im_start|>."""
+    """Id of the token that replaces the prompt: --bos-token, else BOS, else <|im_start|>."""
     if bos_token:
         ids = tokenizer.encode(bos_token, add_special_tokens=False)
         if len(ids) != 1:
-            fail(f"--bos-token {bos_token!r} is {len(ids)} tokens; it must be exactly one")
+            fail(f"--bos-token {bos_token!r} is {len(ids)} tokens: give a text that is one token")
         return ids[0]
     if tokenizer.bos_token_id is not None:
         return tokenizer.bos_token_id
     if "<|im_start|>" in tokenizer.get_vocab():
         return tokenizer.convert_tokens_to_ids("<|im_start|>")
-    fail("the tokenizer has neither a BOS nor <|im_start|>: name one with --bos-token")
+    fail("the tokenizer has neither BOS nor <|im_start|>: name a start token with --bos-token")
 
 
 def find_stop_tokens(path: str, tokenizer, vocab_size: int) -> list[int]:
-    """Ids that end a response: EOS, those of generation_config.json, and what ends a turn.
+    """Ids that end a response, sorted: EOS, those in generation_config.json, and the end of a turn.
 
-    A chat template may end a turn with a token that is none of the others: Qwen2.5-Math's ends it
-    with <|im_end|>, while the base model's EOS is <|endoftext|>. It is found by rendering a turn.
+    The end of a turn is found by rendering a chat. It may differ from the others: Qwen2.5-Math's
+    chat template ends a turn with <|im_end|>, while the base model's EOS is <|endoftext|>.
 
     Args:
-        vocab_size: ids from there on cannot occur: num_tokens().
+        path: folder of the model.
+        vocab_size: num_tokens(); ids from there on cannot occur.
     """
     found = {tokenizer.eos_token_id}
     file = Path(path) / "generation_config.json"
@@ -159,7 +168,7 @@ def find_stop_tokens(path: str, tokenizer, vocab_size: int) -> list[int]:
         found |= set([i for i in ids if i in special and special[i].content.strip()][:1])
     found = sorted(i for i in found if i is not None and i < vocab_size)
     if not found:
-        fail("the tokenizer has no EOS token, so no response could end: set its eos_token")
+        fail("the tokenizer has no EOS token, so no response can end: set eos_token in its config")
     return found
 
 
@@ -169,7 +178,7 @@ def find_stop_tokens(path: str, tokenizer, vocab_size: int) -> list[int]:
 def load_problems(name: str, split: str) -> list[dict]:
     """[{"problem": text or chat messages, "answer": LaTeX, "row": from 0}], each problem once.
 
-    What is left out is counted aloud.
+    Prints how many rows are left out, and why.
 
     Args:
         name: math, lab, arithmetic, an evaluation set's short name, a hub id (OWNER/NAME, or
@@ -199,15 +208,15 @@ def load_problems(name: str, split: str) -> list[dict]:
     if columns is None:
         fail(f"data set {name} cannot be loaded: it has no rows")
     if unanswered:
-        announce(f"data set {name}: {unanswered} rows without problem or answer are left out")
+        announce(f"data set {name}: {unanswered} rows without a problem or an answer are left out")
     if placeholders:
         words = ", ".join(f"{word!r} {count}" for word, count in placeholders.most_common(5))
         announce(
-            f"data set {name}: {placeholders.total()} rows are left out, as a placeholder stands "
-            f"for their answer ({words})"
+            f"data set {name}: {placeholders.total()} rows are left out, as their answer is only a "
+            f"placeholder ({words})"
         )
     if repeated:
-        other = f"; {different} of them have another answer, which is not used" if different else ""
+        other = f"; {different} of them have another answer" if different else ""
         announce(f"data set {name}: {repeated} rows repeat an earlier problem: left out{other}")
     if not problems:
         fail(
@@ -224,8 +233,8 @@ MAX_PROMPT_LENGTH = 1024  # tokens (paper: 1024)
 def encode_prompts(problems: list[dict], tokenizer, args) -> list[dict]:
     """Add "id", its number, and "prompt_ids" to each problem.
 
-    --system-prompt takes the place of the data's own. Prompts that are longer than
-    MAX_PROMPT_LENGTH are left out, with a count.
+    --system-prompt replaces the data's own system prompt. Prompts longer than MAX_PROMPT_LENGTH
+    are left out; a line says how many.
     """
     joined = merged = False
     day = datetime.date.fromisoformat(getattr(args, "date", str(datetime.date.today())))
@@ -263,30 +272,30 @@ def encode_prompts(problems: list[dict], tokenizer, args) -> list[dict]:
 
 
 def fit_context(datasets: list[list[dict]], config, args) -> None:
-    """Set args.context, the tokens of the longest prompt and the longest response together.
+    """Set args.context: tokens of the longest prompt plus --max-completion-length.
 
-    Cuts --max-completion-length if the model's context is shorter.
+    Reduces --max-completion-length if the model's context is shorter than that.
 
     Args:
-        datasets: of encode_prompts(), all that the engine will get.
+        datasets: results of encode_prompts(), all that the engine will get.
     """
     longest = max(len(p["prompt_ids"]) for problems in datasets for p in problems)
     context = config.max_position_embeddings
     if longest >= context:
         fail(
-            f"the longest prompt has {longest} tokens, and the model's context is {context} tokens"
+            f"the longest prompt has {longest} tokens, but the model's context is {context} tokens"
         )
     if longest + args.max_completion_length > context:
         args.max_completion_length = context - longest
         announce(
             f"the model's context is {context} tokens and the longest prompt {longest}: "
-            f"completions are cut to {args.max_completion_length}"
+            f"--max-completion-length is reduced to {args.max_completion_length}"
         )
     args.context = longest + args.max_completion_length
 
 
 def chat_of(problem: dict, args) -> list[dict]:
-    """The messages of a prompt, with --system-prompt in the place of the data's own."""
+    """The messages of a prompt, where --system-prompt replaces the data's own system prompt."""
     messages = problem["problem"]
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
@@ -306,7 +315,7 @@ OTHER_FORMS = {
 
 
 def warn_of_other_form(name: str, problems: list[dict], args) -> None:
-    r"""One line if a tenth of the prompts or more ask for the answer elsewhere than in \boxed{}."""
+    r"""Warn in one line if 10% of the prompts or more ask for an answer outside of \boxed{}."""
     counts, boxed = collections.Counter(), 0
     for problem in problems:
         text = "\n".join(message["content"] for message in chat_of(problem, args))
@@ -316,18 +325,18 @@ def warn_of_other_form(name: str, problems: list[dict], args) -> None:
     if counts.total() < max(1, len(problems) / 10):
         return
     if boxed == counts.total():
-        also = "They ask for a box as well: a response that has none scores 0"
+        also = "They ask for a box as well: a response without a box gets reward 0"
     else:
-        also = "They ask for no box, so that the responses score 0"
+        also = "They ask for no box, so that all responses get reward 0"
     announce(
         f"WARNING: {counts.total()} of {len(problems)} prompts of {name} ask for the answer "
         f"{counts.most_common(1)[0][0]}, but only \\boxed{{}} is read. {also}. docs/forking.md "
-        "has the lines that read another form"
+        "shows how to read another form"
     )
 
 
 def keeps_system_prompt(messages: list[dict], tokenizer) -> bool:
-    """Does the chat template render the system prompt? Gemma's raises, others drop it silently."""
+    """Does the chat template render the system prompt? Gemma's raises; others silently drop it."""
     try:
         return messages[0]["content"] in tokenizer.apply_chat_template(messages, tokenize=False)
     except Exception:
@@ -335,7 +344,7 @@ def keeps_system_prompt(messages: list[dict], tokenizer) -> bool:
 
 
 def join_system_prompt(messages: list[dict]) -> list[dict]:
-    """The system prompt put before the first message of the user.
+    """The messages with the system prompt joined to the user's first message.
 
     >>> join_system_prompt([dict(role="system", content="A"), dict(role="user", content="B")])
     [{'role': 'user', 'content': 'A\\n\\nB'}]
@@ -345,19 +354,19 @@ def join_system_prompt(messages: list[dict]) -> list[dict]:
     return [{"role": user["role"], "content": content}, *rest]
 
 
-# Fraction of reference answers that no answer could meet. Fewer are left out, more are refused: the
-# column is then probably not the right one. The authors' MATH file has 1.4%.
+# Largest fraction of unusable reference answers. Up to it they are left out. More are an error, as
+# the column is probably not the answer. The authors' MATH file has 1.4%.
 MAX_BAD_REFERENCES = 0.05
 
 
 def check_references(
     name: str, problems: list[dict], verifier, args, at_least: int = 1
 ) -> list[dict]:
-    """Leave out the problems whose reference answer no usual form of itself meets.
+    """Leave out the problems whose reference answer the grader cannot use.
 
-    Every rank checks its part. Refuses a data set with more of them than MAX_BAD_REFERENCES,
-    as every answer would score 0 against them; and one in which fewer than `at_least`
-    problems remain. Warns of prompts that ask for another form of the answer.
+    Such an answer gives every response reward 0: grading.bad_references(). Every rank checks a
+    part. Refuses a data set with a larger fraction of them than MAX_BAD_REFERENCES, or with fewer
+    than `at_least` other problems. Warns of prompts that ask for another form of the answer.
     """
     warn_of_other_form(name, problems, args)
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -375,7 +384,7 @@ def check_references(
         f"{name}: {len(bad)} of {len(problems)} reference answers cannot be read ({shown}{more})"
     )
     if len(bad) > MAX_BAD_REFERENCES * len(problems):
-        fail(f"data set {message}: more than {MAX_BAD_REFERENCES:.0%}. Mend or remove these rows")
+        fail(f"data set {message}: more than {MAX_BAD_REFERENCES:.0%}. Repair or remove them")
     if len(kept) < at_least:
         fail(f"--num-prompts {at_least}: {name} has only {len(kept)} usable problems")
     if bad:
@@ -384,9 +393,9 @@ def check_references(
 
 
 def pick_problems(problems: list, step: int, num_prompts: int, seed: int) -> list:
-    """The problems of a step (from 1): every epoch a new permutation, its last part batch dropped.
+    """The problems of a step, from 1. Every epoch is a new permutation without its last part batch.
 
-    A function of (seed, step) alone, so that resuming needs no data-loader state.
+    They depend on (seed, step) only, so that resuming needs no data-loader state.
 
     >>> [pick_problems(["a", "b", "c"], step, 1, 0) for step in (1, 2, 3)]
     [['c'], ['b'], ['a']]

@@ -1,9 +1,10 @@
 """Which models can be trained and evaluated, and the form of their heads.
 
-A model is refused for what it lacks or has, not by its name, and before anything expensive. What
-the code needs: `model.embed_tokens`, `model.layers` of matrices and vectors, a final norm and
-`lm_head`; logits that are cap·tanh(slope·z/cap) of z = W h + b; and a checkpoint with every weight.
-docs/families.md has the families that were tried.
+A model is refused for its structure, not for its name, and before anything expensive. The code
+needs `model.embed_tokens`, `model.layers` of matrices and vectors, a final norm and `lm_head`;
+logits that are cap·tanh(slope·z/cap) of z = W h + b; and a checkpoint with every weight.
+docs/families.md lists the families that were tried. A refusal ends the program with one line:
+harness.fail().
 """
 
 import copy
@@ -22,18 +23,18 @@ from harness import announce, fail, first_line
 
 
 def check_folder(name: str, path: str) -> None:
-    """Refuse adapters, and folders without a config."""
+    """Refuse a folder that is an adapter or has no config.json."""
     folder = Path(path)
     if (folder / "adapter_config.json").is_file():
         base = json.loads((folder / "adapter_config.json").read_text())
         base = base.get("base_model_name_or_path") or "its base model"
         fail(f"--model {name} is an adapter of {base}: merge the two into one model first")
     if not (folder / "config.json").is_file():
-        fail(f"--model {name}: the folder holds no config.json")
+        fail(f"--model {name}: the folder has no config.json; give a Hugging Face model folder")
 
 
 def weight_files(path: str) -> list[Path]:
-    """The files that transformers reads a model's weights from; some folders hold others too."""
+    """The files from which transformers reads the weights; a folder may have other files too."""
     folder = Path(path)
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").is_file():
@@ -45,22 +46,26 @@ def weight_files(path: str) -> list[Path]:
 
 
 def read_headers(name: str, path: str) -> dict[str, tuple[list[int], str]]:
-    """Shape and dtype (F32, BF16, ...) of each tensor of the checkpoint."""
+    """Shape and dtype (F32, BF16, ...) of each tensor of the checkpoint, by name.
+
+    Args:
+        name: --model, for error lines; path: its folder.
+    """
     files = weight_files(path)
     if not files and list(Path(path).glob("*.bin")):
         fail(
-            f"--model {name} has its weights in .bin files only: load them with transformers and "
-            "save_pretrained() the model, which writes safetensors"
+            f"--model {name} has its weights in .bin files only: load the model with transformers "
+            "and save it with save_pretrained(), which writes safetensors"
         )
     if not files:
         fail(
-            f"--model {name}: there is no model.safetensors, whole or in parts. Weights in .bin "
-            "files: load them with transformers and save_pretrained() the model"
+            f"--model {name}: there is no model.safetensors, whole or in parts. If the weights "
+            "have another format, load the model with transformers and use save_pretrained()"
         )
     headers = {}
     for file in files:
         if not file.is_file():
-            fail(f"--model {name}: {file.name} is missing, which the index names")
+            fail(f"--model {name}: {file.name}, which the index names, is missing; fetch it again")
         try:
             with safe_open(file, "pt") as tensors:
                 for key in tensors.keys():
@@ -72,7 +77,7 @@ def read_headers(name: str, path: str) -> dict[str, tuple[list[int], str]]:
 
 
 def check_checkpoint(name: str, path: str, lm) -> None:
-    """Refuse a checkpoint that lacks a weight, or has one of another shape or of fewer bits.
+    """Refuse a checkpoint in which a weight is missing, quantised or of another shape.
 
     Args:
         lm: the model on the meta device.
@@ -87,17 +92,17 @@ def check_checkpoint(name: str, path: str, lm) -> None:
     for key, shape in wanted.items():
         found, dtype = headers[key]
         if found != shape:
-            fail(f"--model {name}: {key} is {found}, but {shape} by config.json")
+            fail(f"--model {name}: {key} has shape {found}, but {shape} by config.json")
         if dtype not in ("F64", "F32", "F16", "BF16"):
-            fail(f"--model {name} is quantised: {key} is of type {dtype}")
+            fail(f"--model {name} is quantised: {key} has dtype {dtype}; give a float checkpoint")
     known = lm.state_dict()  # with tied weights and buffers
     unused = [key for key in headers if key not in known and "rotary_emb" not in key]  # old Llamas'
     if unused:
-        announce(f"{len(unused)} tensors of the files are not the model's: {few(unused)}")
+        announce(f"{len(unused)} tensors in the files are not used by the model: {few(unused)}")
 
 
 def few(names: list[str]) -> str:
-    """The first names, and how many more there are.
+    """The first three names, and the number of others.
 
     >>> few(["a", "b", "c", "d", "e"])
     'a, b, c and 2 more'
@@ -110,7 +115,7 @@ def few(names: list[str]) -> str:
 
 
 def check_config(name: str, config) -> None:
-    """Refuse what the trainer's code cannot handle; of the checkpoint, only its config is needed.
+    """Refuse a model that the code cannot handle, from its config alone.
 
     Returns:
         the model on the meta device.
@@ -119,11 +124,11 @@ def check_config(name: str, config) -> None:
     if quantised:
         quantised = quantised if isinstance(quantised, dict) else quantised.to_dict()
         kind = quantised.get("quant_method") or "quantised"
-        fail(f"--model {name} is quantised ({kind}): take the checkpoint in bfloat16 or float32")
+        fail(f"--model {name} is quantised ({kind}): give the checkpoint in bfloat16 or float32")
     try:
         lm = meta_model(config)
     except Exception as error:
-        fail(f"--model {name} is no causal language model of transformers: {first_line(error)}")
+        fail(f"--model {name} is not a causal language model of transformers: {first_line(error)}")
     kind = type(lm).__name__
     if lack := lacks(lm):
         fail(f"--model {name} cannot be used: its {kind} {lack}. See docs/families.md")
@@ -136,7 +141,7 @@ def check_config(name: str, config) -> None:
 
 
 def meta_model(config, dtype=torch.float32, attention: str = "eager"):
-    """The trainer's model without memory for its weights, with dropout off."""
+    """The trainer's model on the meta device, so without memory for weights; dropout is off."""
     from transformers import AutoModelForCausalLM
 
     config = copy.deepcopy(config)
@@ -148,7 +153,7 @@ def meta_model(config, dtype=torch.float32, attention: str = "eager"):
 
 
 def dropouts(config) -> dict[str, float]:
-    """What the config would drop at random in training: dropout, attn_pdrop, layerdrop, ..."""
+    """The config's dropout rates above 0: dropout, attn_pdrop, layerdrop, ..."""
     return {
         key: value
         for key, value in config.to_dict().items()
@@ -160,7 +165,7 @@ PARTS = {"model.embed_tokens": nn.Embedding, "model.layers": nn.ModuleList, "lm_
 
 
 def lacks(lm) -> str:
-    """What the code needs of a model and this one does not have, or has too much; else ""."""
+    """Why the code cannot handle the model, as the rest of a sentence; "" if it can."""
     weights = dict(lm.named_parameters())
     if expert := next((name for name in weights if "expert" in name), None):
         return f"is a mixture of experts ({expert})"
@@ -168,7 +173,7 @@ def lacks(lm) -> str:
     if missing := [part for part, kind in PARTS.items() if not isinstance(modules.get(part), kind)]:
         return f"has no {' and no '.join(missing)}"
     if deep := next((name for name, weight in weights.items() if weight.ndim > 2), None):
-        return f"has more than matrices: experts, convolutions or state spaces ({deep})"
+        return f"has weights that are no matrices: experts, convolutions or state spaces ({deep})"
     if number := next((name for name, weight in weights.items() if weight.numel() == 1), None):
         return f"has a single number as a weight, which vLLM keeps in bfloat16 ({number})"
     own = tuple(f"{part}." for part in PARTS)
@@ -178,7 +183,7 @@ def lacks(lm) -> str:
     if lm.lm_head.weight.shape != lm.model.embed_tokens.weight.shape:
         return "has a head and embeddings of different shapes"
     if not lm._supports_sdpa:
-        return "has an attention that is not PyTorch's scaled_dot_product_attention"
+        return "has an attention that cannot be PyTorch's scaled_dot_product_attention"
     if head_form(lm) is None:
         return "computes logits in a way that the trainer does not know"
     return ""
@@ -189,11 +194,11 @@ def lacks(lm) -> str:
 
 @torch.no_grad()
 def head_form(lm) -> tuple[float, float] | None:
-    """How the model makes logits of z = W h + b: (slope, cap) of cap·tanh(slope·z/cap).
+    """(slope, cap) of the model's logits cap·tanh(slope·z/cap), where z = W h + b.
 
-    Gemma 2 has a cap (30), Cohere and Granite a slope; most models have slope 1 and cap ∞. Both are
-    read off the model's own forward: at hidden size 1, with a head of weight 1, its logits are a
-    function of one number. None if that is another function.
+    Gemma 2 has a cap (30), Cohere and Granite have a slope; most models have slope 1 and cap ∞.
+    Both are measured on the model's own forward: with hidden size 1 and a head of weight 1, its
+    logits are a function of one number. None if it is another function.
     """
     from transformers.modeling_outputs import MoeModelOutputWithPast
 

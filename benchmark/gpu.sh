@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# What one GPU can show, unattended and in under 10 minutes: figures for docs/performance.md.
+# Measure on one GPU, unattended and in under 10 minutes, the values for docs/performance.md.
 #
 #   bash benchmark/gpu.sh                  all parts, the most valuable first
-#   bash benchmark/gpu.sh qwen profile     these parts only
-#   bash benchmark/gpu.sh --cpu [PART ...] in tiny form, to try the plumbing without a GPU
+#   bash benchmark/gpu.sh qwen profile     only these parts
+#   bash benchmark/gpu.sh --cpu [PART ...] a tiny version, to test this program without a GPU
 #
 # Parts: checks (what the scripts rely on CUDA for), lab (dsrl.py, 3 steps), qwen (a step with
 # random weights of Qwen2.5-1.5B's shape, and vLLM alone), profile (kernels of attention and head),
@@ -33,7 +33,7 @@ if ((CPU)); then
   device= total=9999999 # a try-out has no time limits: a shared machine may be slow
 else
   device=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1)
-  [[ -n $device ]] || { echo "no GPU was found; --cpu tries the plumbing" && exit 2; }
+  [[ -n $device ]] || { echo "error: no GPU was found; --cpu runs a tiny version without one" && exit 2; }
   # 989e12: an H100's or H200's dense bfloat16 FLOP/s by its data sheet
   export SHAPE=Qwen2.5-1.5B PEAK=989e12 DIGITS=256 PROMPTS=16 GROUP=8 NEW=1024 BATCH=16384
   export DTYPE=bfloat16

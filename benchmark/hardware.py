@@ -1,11 +1,11 @@
-"""GPU memory that a run needs, worked out from the model's shape: the table in docs/usage.md.
+"""Estimate the GPU memory of a run from the model's shape: the table in docs/usage.md.
 
     python benchmark/hardware.py
 
-Nothing here is measured. All figures are per GPU, for prompts of at most 1024 tokens and responses
-of 8192, cut to the model's context. A GPU holds the trainer and a vLLM engine, and there are two
-peaks: in the rollout the trainer's state stays; in the update the engine has no KV cache, and its
-weights stay on the card or, where they do not fit, are copied to host memory: weights_stay().
+Nothing here is measured. All values are per GPU, for prompts of at most 1024 tokens and responses
+of 8192, or less if the model's context is shorter. A GPU holds the trainer and a vLLM engine, with
+two peaks. In the rollout the trainer's state stays. In the update the engine has no KV cache, and
+its weights stay on the GPU or, if they do not fit, move to host memory: weights_stay().
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ CARDS = {80: 79.0, 48: 44.0, 24: 22.0}
 ENGINE_WORK = {80: 4.0, 48: 2.0, 24: 2.0}
 FIXED = 3.0  # GiB: CUDA context, NCCL, the engine's CUDA graphs and sampler. A guess
 SPARE = 0.1  # of the update's peak, for fragmentation. A guess
-ROLLOUT_LIMIT = 0.97  # share of the card that the rollout may fill: its parts are known in advance
+ROLLOUT_LIMIT = 0.97  # of the card may be filled by the rollout: its parts are known in advance
 CHUNK = 2048  # tokens whose logits exist at once: common.Policy
 DEFAULT_UTILIZATION, DEFAULT_TOKENS = 0.6, 16384  # the scripts' defaults
 OFFLOAD_TOKENS = 65536  # with --cpu-offload every micro-batch moves all weights: few large ones
@@ -26,7 +26,7 @@ KV_SEQUENCES = 8  # an engine that holds fewer whole sequences is starved
 
 
 def pinned(size: int) -> int:
-    """What PyTorch takes for `size` bytes of pinned memory, and keeps: the next power of two.
+    """The bytes that PyTorch allocates for `size` bytes of pinned memory: the next power of two.
 
     >>> pinned(5), pinned(8)
     (8, 8)
@@ -36,7 +36,7 @@ def pinned(size: int) -> int:
 
 @dataclass
 class Shape:
-    """A Qwen2 or Qwen3 config.json, as far as memory depends on it."""
+    """The parts of a Qwen2 or Qwen3 config.json on which memory depends."""
 
     layers: int
     hidden: int
@@ -103,10 +103,10 @@ MODELS = {
 
 
 def weights_stay(m: Shape, gpus: int, tp: int, tokens: int, offload: bool, gib: float) -> bool:
-    """Whether the engine's weights stay on a card of `gib` between rollouts: trainer_bytes's sum.
+    """Do the engine's weights stay on a card of `gib` GiB between rollouts?
 
-    Beside them there must be room for the trainer's state and for a micro-batch, whose memory is a
-    rougher sum here than in update_terms(): nothing but the model's config is asked.
+    The trainer's state and a micro-batch must fit beside them. The micro-batch's memory is a
+    rougher sum here than in update_terms(): common.trainer_bytes() knows only the model's config.
     """
     state = 0 if offload else 16 * m.parameters / gpus
     layer = 8 * m.intermediate + 28 * m.hidden  # bytes a token that autograd keeps of one layer
@@ -116,10 +116,10 @@ def weights_stay(m: Shape, gpus: int, tp: int, tokens: int, offload: bool, gib: 
 
 
 def update_terms(m: Shape, gpus: int, tokens: int, offload: bool, engine: float) -> dict:
-    """Bytes at the update's peak. The step has three moments of which the largest counts.
+    """Bytes at the update's peak, which is the largest of three moments of the step.
 
-    `engine` are the bytes of the engine's weights, if they stay on the card. AdamW, which comes
-    after the moments, is PyTorch's fused one: it needs no more than the state.
+    `engine` is the bytes of the engine's weights, if they stay on the card. AdamW follows these
+    moments; PyTorch's fused AdamW needs only the state.
     """
     # float32: weights 4, gradients 4, AdamW's two moments 8; sharded over the GPUs
     state = 0 if offload else 16 * m.parameters / gpus
@@ -142,7 +142,7 @@ def update_terms(m: Shape, gpus: int, tokens: int, offload: bool, engine: float)
 
 
 def rollout_terms(m: Shape, gpus: int, tp: int, share: float, offload: bool, card: int) -> dict:
-    """Bytes during the rollout: the trainer's state stays, the engine takes its share."""
+    """Bytes during the rollout: the trainer's state and the engine's fraction of the card."""
     state = 0 if offload else 12 * m.parameters / gpus  # gradients are gone
     engine = share * CARDS[card] * GIB
     cache = engine - m.engine(tp) - ENGINE_WORK[card] * GIB
@@ -153,7 +153,7 @@ def rollout_terms(m: Shape, gpus: int, tp: int, share: float, offload: bool, car
 def plan(m: Shape, gpus: int, card: int) -> tuple[list[str], bool, dict, dict]:
     """The fewest flags with which both peaks fit: smaller micro-batches first, then offloading.
 
-    Returns flags, whether the engine's weights stay on the card, terms of update and rollout.
+    Returns the flags, whether the engine's weights stay, update_terms() and rollout_terms().
     """
     gib = CARDS[card]
     for tokens, offload in ((DEFAULT_TOKENS, False), (8192, False), (OFFLOAD_TOKENS, True)):
@@ -188,7 +188,7 @@ ROWS = [
 
 
 def table() -> str:
-    """Markdown: a row for each card, model and number of GPUs."""
+    """The Markdown table: a row for each card, model and number of GPUs."""
     lines = [
         "| card | model (longest sequence) | GPUs | update, GiB | rollout, GiB | sequences in the "
         "KV cache | engine's weights | host, GiB | flags to add |",

@@ -1,15 +1,15 @@
-"""Peak memory and time of one update by the head: ours in chunks, and full logits.
+"""Measure memory and time of an update with three heads: our chunked one and full logits.
 
-    python benchmark/memory.py            152,064 words and 8,192 tokens: 16 GiB and minutes
+    python benchmark/memory.py    vocabulary 152,064, 8,192 tokens: takes 16 GiB and minutes
 
 A small random Qwen2 model makes one update (forward, backward, clipping, AdamW) on one micro-batch
-with one of three heads: common.Policy's in chunks, or all logits at once, and then log_softmax or
-torch's cross_entropy by autograd. The last two are spared the division by the temperature and work
-on response tokens only, as ours. Each is a process of its own. The peak is what the update needs
-above weights, gradients and AdamW's moments, which an update on a few tokens makes before. On a CPU
-it is resident memory, on a GPU what the allocator handed out. The time is the best of --repeats.
+with one of three heads: common.Policy's in chunks, or all logits at once with log_softmax or with
+torch's cross_entropy, by autograd. The last two do not divide by the temperature and, like ours,
+compute response tokens only. Each head runs in its own process. The peak is the memory above
+weights, gradients and AdamW's moments, which a small update allocates before. On a CPU it is
+resident memory, on a GPU memory from the allocator. The time is the best of --repeats.
 
-Ends with a JSON line: peak_ratio and time_ratio are chunked over the better one of the other two.
+Ends with a JSON line: peak_ratio and time_ratio are ours divided by the better of the other two.
 """
 
 import json
@@ -31,9 +31,9 @@ import common  # noqa: E402
 @dataclass
 class Args:
     vocab: int = 152_064
-    """Qwen2.5-Math-7B's"""
+    """vocabulary size; the default is Qwen2.5-Math-7B's"""
     tokens: int = 8192
-    """of responses in the micro-batch"""
+    """response tokens in the micro-batch"""
     length: int = 1024
     """response tokens of each sequence"""
     hidden: int = 512
@@ -68,12 +68,12 @@ def make_policy(args: Args, device):
 
 
 def status(name: str) -> int:
-    """A line of /proc/self/status, in bytes: VmRSS is resident memory, VmHWM its peak."""
+    """A value of /proc/self/status in bytes: VmRSS is resident memory, VmHWM its peak."""
     return 1024 * int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0])
 
 
 def measure(head: str, args: Args) -> dict:
-    """Peak GiB above the model's state, and seconds of an update. Runs in a fresh process."""
+    """Peak GiB above the model's state, and seconds, of an update. Runs in a new process."""
     torch.manual_seed(0)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")

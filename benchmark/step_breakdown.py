@@ -1,11 +1,11 @@
-"""Where the time of a step goes, and how near the update comes to the machine's matrix products.
+"""Show where a step's time goes, and how close the update is to the machine's peak FLOP/s.
 
     python benchmark/step_breakdown.py --report out.json    the report of benchmark/fixed_work.py
 
-The table has every step; the JSON line at the end is of the last one, as the first ones warm up.
-update_peak_fraction: FLOPs of forward and backward (what is computed twice counts once) by the
-update's seconds and the best matrix product of the same run; update_mfu: by --peak. other_share is
-all that is neither rollout nor update. On a GPU also the memory in use at the end of the last
+The JSON line at the end describes the last step, as the first ones warm up. update_peak_fraction is
+the update's FLOP/s (forward and backward; what is computed twice counts once) divided by that of
+the fastest matrix product in the same run; update_mfu is divided by --peak. other_fraction is the
+time outside of rollout and update. On a GPU there is also the memory in use at the end of the last
 rollout and update (benchmark/hardware.py's two peaks), and around the last sleep and wakes.
 """
 
@@ -32,15 +32,15 @@ def attention_widths(config) -> tuple[int, int]:
 
 
 def attention_flops(config, length: int) -> int:
-    """Of one layer's forward on one sequence: q kᵀ and p v, the causal half of each."""
+    """FLOPs of one layer's forward on one sequence: the causal halves of q kᵀ and p v."""
     return 2 * attention_widths(config)[0] * length**2
 
 
 def update_flops(config, sequences: list[tuple[int, int]], vocab_size: int, prefix: int = 0) -> int:
     """FLOPs of forward and backward over `sequences`, as common.Policy needs them, unpadded.
 
-    Of matrix products, 2 a pair, the backward twice the forward; what is computed again counts
-    once. Norms, softmax and the optimiser cost memory traffic. The head sees response tokens only.
+    Only matrix products count: 2 FLOPs per multiplication and addition, and twice the forward's for
+    the backward. What is computed twice counts once. The head computes response tokens only.
 
     Args:
         sequences: (context length, response length) of each; prefix: tokens that all contexts begin
@@ -65,7 +65,7 @@ def update_flops(config, sequences: list[tuple[int, int]], vocab_size: int, pref
 
 
 def flops_of_last_step(report: dict) -> float:
-    """Of forward and backward over the samples that the last step's update computed."""
+    """FLOPs of forward and backward over the samples that the last step's update computed."""
     from transformers import AutoConfig, AutoTokenizer
 
     prompts, last = report["prompt_tokens"][-1], report["steps"][-1]
@@ -79,7 +79,7 @@ def flops_of_last_step(report: dict) -> float:
 
 
 def engine_figures(report: dict) -> dict:
-    """Speed of the last generate; on a GPU, used GiB before and after the last sleep and wakes."""
+    """Tokens/s of the last generate; on a GPU, GiB in use around the last sleep and wakes."""
     last, result = {}, {}
     for call in report["engine_calls"]:
         moved = call["after_gib"] is not None and abs(call["after_gib"] - call["before_gib"])
@@ -95,7 +95,7 @@ def engine_figures(report: dict) -> dict:
 
 
 def main(report: Path, peak: float = 0.0) -> None:
-    """Print table and JSON line. `peak`: FLOP/s by the machine's maker, for update_mfu."""
+    """Print the table and a JSON line. `peak`: FLOP/s by the machine's data sheet, 0 if unknown."""
     found = json.loads(report.read_text())
     print(f"{'step':>4} {'whole':>8} " + " ".join(f"{part:>8}" for part in (*PARTS, "log ...")))
     for wall, row in zip(found["step_seconds"], found["steps"]):
@@ -108,8 +108,8 @@ def main(report: Path, peak: float = 0.0) -> None:
         "update_peak_fraction": round(rate / found["matmul_flops"], 3),
         "update_mfu": round(rate / peak, 3) if peak else None,
         "sync_s": round(row["time/sync"], 3),
-        "sync_share": round(row["time/sync"] / wall, 4),
-        "other_share": round(1 - (row["time/rollout"] + row["time/update"]) / wall, 4),
+        "sync_fraction": round(row["time/sync"] / wall, 4),
+        "other_fraction": round(1 - (row["time/rollout"] + row["time/update"]) / wall, 4),
         "rollout_tokens_per_s": round(row["throughput/rollout_tokens_per_s"]),
         "update_tokens_per_s": round(row["throughput/update_tokens_per_s"]),
         "matmul_gflops": round(found["matmul_flops"] / 1e9),

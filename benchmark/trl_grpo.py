@@ -1,4 +1,4 @@
-"""TRL's GRPOTrainer on the work that benchmark/fixed_work.py gives to ours, to measure it.
+"""Measure TRL's GRPOTrainer on the same work as benchmark/fixed_work.py gives our scripts.
 
     .venv-trl/bin/python benchmark/trl_grpo.py --model FOLDER --prompts FILE.jsonl --report OUT.json
 
@@ -49,6 +49,7 @@ from trl import GRPOConfig, GRPOTrainer
 class Args:
     model: str
     prompts: Path
+    """.jsonl file, a chat per line"""
     report: Path
     num_steps: int = 3
     num_prompts: int = 8
@@ -57,7 +58,7 @@ class Args:
     learning_rate: float = 3e-6
     weight_decay: float = 0.0
     per_device_batch: int = 4
-    """sequences in one forward pass; gradients accumulate over the step's"""
+    """sequences in one forward pass; gradients are accumulated over a step"""
     attention: str = "eager"
     gradient_checkpointing: bool = False
     vllm: bool = False
@@ -77,7 +78,7 @@ class Clock(TrainerCallback):
 
 
 def make_trainer(args: Args, reward, clock: Clock, folder: str) -> GRPOTrainer:
-    """TRL's trainer: one update a step over all its samples, no KL term, as ours."""
+    """TRL's trainer with one update per step over all samples and no KL term, like ours."""
     batch = args.num_prompts * args.num_generations
     config = GRPOConfig(
         output_dir=folder, report_to="none", save_strategy="no", disable_tqdm=True,

@@ -1,9 +1,9 @@
-"""How the grader does: reference answers, ordinary answers a second, hostile answers.
+"""Measure the grader on reference answers, ordinary answers and hostile answers.
 
     python benchmark/verify.py FILE.parquet ...      prints one JSON line
 
-Files: problems with reference answers, as training takes them, and checked as at its start: a usual
-form of each must meet it.
+The files have problems with reference answers, in verl's format. The program counts how many
+reference answers equal a usual form of themselves, as a training run checks at its start.
 """
 
 import json

@@ -1,13 +1,13 @@
-"""A step of grpo_baseline.py and nsr_prerl.py beside one of TRL's GRPOTrainer, on the same work.
+"""Compare a step of grpo_baseline.py and nsr_prerl.py with one of TRL's GRPOTrainer.
 
     python benchmark/vs_trl.py --rounds 3
 
-Same weights (SmolLM2-135M-Instruct, bfloat16), prompts, group size and number of new tokens (EOS is
-ignored), one AdamW update a step with the same learning rate, weight decay and gradient clipping,
-no KL term, half of the samples negatives. The programs run in turn, each with all of the machine's
-cores; the first step of a run warms up and is not counted. A report that is in --output already is
-not made again. Ends with a JSON line: per program the medians of step seconds and peak GiB, and
-speedup and memory against TRL's (TRL's step by ours; our peak by TRL's).
+All have the same weights (SmolLM2-135M-Instruct, bfloat16), prompts, group size and number of new
+tokens (EOS is ignored). A step is one AdamW update with the same learning rate, weight decay and
+gradient clipping, without a KL term; half of the samples are negatives. The programs run one after
+the other with all of the machine's cores. The first step of a run warms up and is not counted.
+Reports that are in --output already are not made again. Ends with a JSON line: for each program the
+medians of step seconds and peak GiB, speedup (TRL's seconds / ours) and memory (our peak / TRL's).
 """
 
 import json
@@ -35,9 +35,9 @@ PROGRAMS = {"trl": "trl_grpo.py", "grpo": "grpo_baseline.py", "nsr_prerl": "nsr_
 @dataclass
 class Args:
     rounds: int = 3
-    """runs of each program"""
+    """number of runs of each program"""
     num_steps: int = 3
-    """a run; the first is not counted"""
+    """steps of a run; the first is not counted"""
     num_prompts: int = 8
     num_generations: int = 8
     new_tokens: int = 128
@@ -46,9 +46,9 @@ class Args:
 
 
 def trl_python() -> str:
-    """The interpreter of TRL's environment, which is made on the first call.
+    """The interpreter of TRL's environment; the first call makes the environment.
 
-    All that TRL shares with ours (torch, transformers, accelerate, datasets) has our versions.
+    Packages that both need (torch, transformers, accelerate, datasets) have our versions.
     """
     python, ready = str(ENVIRONMENT / "bin" / "python"), ENVIRONMENT / f".{TRL}"
     if not ready.exists():
@@ -66,7 +66,7 @@ def trl_python() -> str:
 
 
 def write_prompts(path: Path, model: str, args: Args) -> None:
-    """The chats of our scripts' steps (--preset smollm, --seed 1), in their order."""
+    """Write the chats of our scripts' steps (--preset smollm, --seed 1) in their order."""
     from transformers import AutoTokenizer
 
     limits = SimpleNamespace(system_prompt="")
@@ -95,7 +95,7 @@ def run(program: str, report: Path, args: Args) -> None:
     with open(log, "w") as file:
         done = subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
     if done.returncode:
-        sys.exit(f"{program} failed; the end of {log}:\n{log.read_text()[-2000:]}")
+        sys.exit(f"error: {program} failed; {log} ends with:\n{log.read_text()[-2000:]}")
 
 
 def summarize(folder: Path) -> dict:
@@ -119,7 +119,7 @@ def main(args: Args) -> None:
             report = args.output / f"{program}-{number}.json"
             if not report.exists():
                 run(program, report, args)
-                print(f"round {number}, {program}: done", flush=True)
+                print(f"round {number}: {program} is done", flush=True)
     print(json.dumps(summarize(args.output)))
 
 

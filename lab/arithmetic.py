@@ -1,8 +1,8 @@
-r"""One-step arithmetic with worked examples: problems a 135M chat model solves now and then.
+r"""One-step arithmetic with worked examples: problems that a 135M chat model sometimes solves.
 
-Two-digit additions and subtractions, small multiplications and word problems of one step, all with
-a positive integer as answer. A problem is a chat: worked examples as user and assistant turns,
-which show the model that an answer is short and ends in \boxed{}, then the question.
+There are two-digit additions and subtractions, small multiplications and word problems of one step.
+Every answer is a positive integer. A problem is a chat: first worked examples as user and assistant
+turns, which show the model that an answer is short and ends in \boxed{}, then the question.
 
 >>> [message["role"] for message in problems("test")[0]["problem"][-3:]]
 ['user', 'assistant', 'user']
@@ -57,7 +57,7 @@ def solve(a: int, operation: str, b: int) -> int:
 
 
 def draw(rng: random.Random) -> tuple[str, int]:
-    """A question and its answer: 2 in 3 are plain numbers, 1 in 3 is a word problem."""
+    """A question and its answer: two in three are plain numbers, one in three is a word problem."""
     words = rng.random() < 1 / 3
     operation = rng.choices("+-*", [2, 2, 1])[0]
     if operation == "*":

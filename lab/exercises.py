@@ -1,6 +1,6 @@
-"""The curves to expect from the exercises of docs/lecture.md, from the study's recorded runs.
+"""Draw the curves to expect from the exercises of docs/lecture.md, from the study's recorded runs.
 
-python lab/exercises.py     writes docs/lecture.png and the table in docs/lecture.md
+`python lab/exercises.py` writes docs/lecture.png and the table in docs/lecture.md.
 """
 
 import csv
@@ -33,7 +33,7 @@ COLOURS = ("#0072B2", "#D55E00")  # Okabe and Ito's
 
 
 def read_rewards() -> dict[str, dict[str, list[float]]]:
-    """variant -> seed -> reward/mean of steps 1, 2, ..."""
+    """{variant: {seed: reward/mean of steps 1, 2, ...}}."""
     found = {}
     with open(ROOT / "study" / "results" / "study.csv") as lines:
         for row in csv.DictReader(lines):
@@ -48,7 +48,7 @@ def smooth(values: list[float], width: int = 5) -> list[float]:
 
 
 def table(rewards: dict) -> str:
-    """Mean reward of the last ten steps, a number a seed."""
+    """The mean reward of the last ten steps, a number per seed, as a Markdown table."""
     text = "| exercise | script | changed |\n|---|---|---|\n"
     for title, *pair in EXERCISES:
         text += f"| {title} |"

@@ -1,6 +1,6 @@
 """The page of one_step.py: every value of one step, as one HTML file without outside resources.
 
-The numbers themselves stand in the file as well, as JSON: read_values() gives them back.
+The file also has the values as JSON, which read_values() reads.
 """
 
 import html
@@ -15,7 +15,7 @@ LOWEST, BLUE, ORANGE = 0.05, "0,114,178", "213,94,0"  # Okabe and Ito's, safe fo
 
 
 def collect(args, tokenizer, bos: int, problems, ys, r, before, updates) -> dict:
-    """The page's values as plain numbers.
+    """The page's values as numbers and texts that JSON can hold.
 
     Args:
         ys: N responses, token ids; r: rewards [P, G].
@@ -69,18 +69,18 @@ def collect(args, tokenizer, bos: int, problems, ys, r, before, updates) -> dict
 
 
 def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Of two float64 vectors: in float32 the sums over millions of weights are off by percents."""
+    """Cosine of two float64 vectors: float32 sums over millions of weights are off by percents."""
     return (a @ b / (a.norm() * b.norm())).item()
 
 
 def read_values(file: Path) -> dict:
-    """The values of a page."""
+    """The values in a page that render() made."""
     found = re.search(r'<script type="application/json">(.*?)</script>', file.read_text(), re.S)
     return json.loads(found[1].replace("<\\/", "</"))
 
 
 def signed(value: float, digits: int = 2) -> str:
-    """A number with a real minus sign; what is not 0 is not shown as 0."""
+    """A number with its sign, and with more digits if it would otherwise be shown as 0."""
     while 0 < abs(value) < 0.5 * 10**-digits and digits < 6:
         digits += 1
     return f"{value:+.{digits}f}".replace("-", "−")

@@ -1,8 +1,9 @@
-"""Pre-train the lab's base model from nothing, or measure it.
+"""Pre-train the lab's base model from random weights, or measure a checkpoint.
 
-`python lab/pretrain.py` writes lab/base/; `python lab/pretrain.py --measure` samples it and prints
-its figures. The study's other worlds: `--world paired --checkpoint runs/worlds/paired/base`, or
-from the lab's base in a quarter of the time, `--world short --start lab/base --steps 500`.
+`python lab/pretrain.py` writes lab/base/; with --measure it samples responses from this checkpoint
+and prints its accuracy and other metrics. For the study's other worlds, add `--world paired
+--checkpoint runs/worlds/paired/base`; `--world short --start lab/base --steps 500` continues from
+the lab's base and takes a quarter of the time.
 """
 
 import json
@@ -41,27 +42,33 @@ BASE = Path(__file__).resolve().parent / "base"
 @dataclass
 class Args:
     measure: bool = False
-    """sample the checkpoint and print its figures instead of training"""
+    """sample responses from the checkpoint and print its metrics, instead of training"""
     checkpoint: str = str(BASE)
-    """folder to write, or to measure"""
+    """folder of the checkpoint to write, or to measure"""
     world: Literal[tuple(WORLDS)] = "lab"
-    """of the corpus and the problems: WORLDS in lab/task.py"""
+    """world of the corpus and the problems: WORLDS in lab/task.py"""
     start: str = ""
-    """checkpoint to go on from; default from nothing"""
+    """checkpoint to continue from; default: random weights"""
     seed: int = 1
+    """seed of weights, documents and sampling"""
     steps: int = 2000
+    """optimiser steps"""
     documents_per_step: int = 128
+    """documents in the batch of a step"""
     learning_rate: float = 3e-3
+    """AdamW's highest learning rate, after a linear warm-up of 50 steps"""
     decay_share: float = 0.4
-    """share of the steps, at the end, over which the learning rate falls to zero"""
+    """fraction of the steps, at the end, over which the learning rate falls to 0"""
     rich_share: float = 0.5
-    """share of the steps, at the start, with many "Let" documents"""
+    """fraction of the steps, at the start, with many "Let" documents"""
     rich_let_share: float = 0.6
+    """fraction of "Let" documents in these steps"""
     samples: int = 8
-    """responses per problem when measuring"""
+    """responses per problem, with --measure"""
     max_tokens: int = 192
-    """length at which a sampled response is cut"""
+    """most tokens of a response, with --measure"""
     threads: int = 1
+    """CPU threads"""
 
 
 # ------------------------------------------------------------------------------ pre-training
@@ -91,9 +98,9 @@ def make_model(tokenizer) -> Qwen3ForCausalLM:
 def train_step(model, documents: list[list[int]], pad: int, buckets: int = 4) -> float:
     """Accumulate the gradient of the mean loss per token over `documents`; return that loss.
 
-    The documents are sorted and cut into buckets of like length to save padding. All buckets
-    share one normaliser, the step's token count: were each its own mean, a token of a short
-    document would weigh more than one of a long document.
+    Buckets of documents with similar lengths need little padding. All buckets have one normaliser,
+    the step's token count. With a mean for each bucket, a token of a short document would weigh
+    more than one of a long document.
     """
     documents = sorted(documents, key=len)
     size = -(-len(documents) // buckets)
@@ -156,7 +163,7 @@ def pretrain(args: Args) -> None:
 
 @torch.no_grad()
 def sample(model, tokenizer, prompts: list[str], max_tokens: int) -> list[list[int]]:
-    """One response at temperature 1 for each prompt: token ids, with <eos> unless truncated.
+    """One response at temperature 1 to each prompt: token ids, which end in <eos> unless truncated.
 
     All prompts must have the same number of tokens, so that no padding is needed.
     """
@@ -188,7 +195,7 @@ def mean(values) -> float:
 def measure(
     checkpoint: str, split: str, samples: int, max_tokens: int, seed: int, world: str = "lab"
 ) -> dict:
-    """Figures of a checkpoint on one split; `samples` responses to each problem."""
+    """Metrics of a checkpoint on one split, from `samples` responses to each problem."""
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
@@ -196,21 +203,23 @@ def measure(
     prompts = [task["problem"] for task in tasks]
     responses = sample(model, tokenizer, prompts, max_tokens)
     texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-    right = [boxed_answer(text) == task["answer"] for text, task in zip(texts, tasks)]
+    correct = [boxed_answer(text) == task["answer"] for text, task in zip(texts, tasks)]
     styles = ["Let" if ". Let " in text else "So" if ". So " in text else None for text in texts]
     # "Let" is too rare to be judged on its own few samples: also put the word in its mouth.
     forced = [f"{p}{opening(p, WORLDS[world])}Let " for p in prompts]
     forced_texts = tokenizer.batch_decode(sample(model, tokenizer, forced, max_tokens))
     return {
-        f"avg@{samples}": mean(right),
-        f"pass@{samples}": mean(any(right[i : i + samples]) for i in range(0, len(right), samples)),
+        f"avg@{samples}": mean(correct),
+        f"pass@{samples}": mean(
+            any(correct[i : i + samples]) for i in range(0, len(correct), samples)
+        ),
         "length (tokens)": mean(len(ids) for ids in responses),
         "truncated": mean(ids[-1] != tokenizer.eos_token_id for ids in responses),
         "wait per response": mean(text.count("wait ") for text in texts),
         "alternatively per response": mean(text.count("alternatively ") for text in texts),
         "fraction of Let": mean(style == "Let" for style in styles),
-        "correct in So": mean(r for r, style in zip(right, styles) if style == "So"),
-        "correct in Let": mean(r for r, style in zip(right, styles) if style == "Let"),
+        "correct in So": mean(r for r, style in zip(correct, styles) if style == "So"),
+        "correct in Let": mean(r for r, style in zip(correct, styles) if style == "Let"),
         "correct if Let is forced": mean(
             boxed_answer(text) == task["answer"] for text, task in zip(forced_texts, tasks)
         ),

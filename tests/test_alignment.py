@@ -123,14 +123,15 @@ def test_every_number_equals_plain_autograd(measured):
     assert set(result["cosine_to_grpo"]) == set(updates) - {"GRPO"}
     for name, value in result["cosine_to_grpo"].items():
         assert value == pytest.approx(cosine(updates[name], updates["GRPO"]), abs=1e-8), name
-    for name, chosen in {"all": rewards >= 0, "right": rewards == 1, "wrong": rewards == 0}.items():
+    groups = {"all": rewards >= 0, "correct": rewards == 1, "incorrect": rewards == 0}
+    for name, chosen in groups.items():
         chosen, ours = chosen.numpy(), result["summary"][name]
         expected = {
             "rollouts": chosen.sum(),
             "inner_product_mean": np.mean(np.array(inners)[chosen]),
             "inner_product_max": np.max(np.array(inners)[chosen]),
             "inner_product_min": np.min(np.array(inners)[chosen]),
-            "share_negative": np.mean(np.array(inners)[chosen] < 0),
+            "fraction_negative": np.mean(np.array(inners)[chosen] < 0),
             "cosine_mean": np.mean(np.array(cosines)[chosen]),
             "logprob_difference_mean": np.mean(np.array(differences)[chosen]),
         }

@@ -35,12 +35,12 @@ def last_line(program: str, *words: str) -> dict:
 
 @pytest.mark.parametrize("script", ["grpo_baseline.py", "dsrl.py"])
 def test_step_breakdown(script, tmp_path):
-    """The work of a step is what was asked for, and the parts are shares of the whole."""
+    """The work of a step is what was asked for, and the parts are fractions of the whole."""
     flags = "--preset lab --num-prompts 2 --num-generations 4 --num-steps 2 --new-tokens 16".split()
     run_benchmark("fixed_work.py", script, "--report", str(tmp_path / "out.json"), *flags)
     result = last_line("step_breakdown.py", "--report", str(tmp_path / "out.json"))
     assert 0 < result["update_peak_fraction"] < 1
-    assert 0 < result["sync_share"] < result["other_share"] < 1
+    assert 0 < result["sync_fraction"] < result["other_fraction"] < 1
     assert result["rollout_tokens_per_s"] > 0 and result["peak_gib"] > 0
 
 

@@ -174,7 +174,7 @@ def test_rows_as_the_hub_sets_have_them(tmp_path, capsys):
     assert golds == wanted
     data.write_text("".join(json.dumps(r) + "\n" for r in (rows[1], rows[-1])))
     assert len(inputs.load_problems(str(data), "test")) == 1
-    assert "1 rows without problem or answer are left out" in capsys.readouterr().out
+    assert "1 rows without a problem or an answer are left out" in capsys.readouterr().out
 
 
 def test_a_subset_of_a_set(tmp_path):

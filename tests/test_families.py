@@ -102,16 +102,16 @@ def change_config(folder: Path, **changes) -> None:
     ("fault", "message"),
     [
         ("weight", "lacks 1 weights of a Qwen2ForCausalLM: model.layers.1.mlp.up_proj.weight"),
-        ("shape", "up_proj.weight is [64, 64], but [128, 64] by config.json"),
+        ("shape", "up_proj.weight has shape [64, 64], but [128, 64] by config.json"),
         ("layers", "lacks 12 weights of a Qwen2ForCausalLM: model.layers.2."),
         ("truncated", "model.safetensors cannot be read"),
         ("bin", "has its weights in .bin files only"),
         ("none", "there is no model.safetensors"),
-        ("part", "model-00002-of-00002.safetensors is missing, which the index names"),
+        ("part", "model-00002-of-00002.safetensors, which the index names, is missing"),
         ("fp8", "is quantised (fp8)"),
-        ("bytes", "is quantised: model.layers.1.mlp.up_proj.weight is of type F8_E4M3"),
+        ("bytes", "is quantised: model.layers.1.mlp.up_proj.weight has dtype F8_E4M3"),
         ("adapter", "is an adapter of Qwen/Qwen2.5-7B: merge the two"),
-        ("config", "holds no config.json"),
+        ("config", "the folder has no config.json"),
         ("classifier", "must name Qwen2ForCausalLM, not Qwen2ForSequenceClassification"),
         ("code", "cannot be loaded"),
     ],
@@ -168,7 +168,10 @@ def test_tensors_that_are_not_the_models(folder, capsys):
     save_file({"layers.0.wq": torch.ones(2)}, folder / "consolidated.safetensors")
     args = types.SimpleNamespace(model=str(folder), tensor_parallel_size=1)
     path, config, _ = inputs.load_model_files(args)
-    assert "1 tensors of the files are not the model's: model.mtp.weight" in capsys.readouterr().out
+    assert (
+        "1 tensors in the files are not used by the model: model.mtp.weight"
+        in capsys.readouterr().out
+    )
     assert {name for name, _ in common.read_weights(path, config)} == set(weights)
 
 
@@ -251,7 +254,7 @@ def test_dropout_is_off(tmp_path, one_rank, capsys):
     args = families.make_args(folder)
     path, config, tokenizer = inputs.load_model_files(args)
     said = capsys.readouterr().out
-    assert said.count("dropout is off: attention_dropout 0.1, residual_dropout 0.1") == 1
+    assert said.count("config.json has attention_dropout 0.1, residual_dropout 0.1: ") == 1
     policy = common.load_policy(path, config, len(tokenizer), args, CPU)
     tokens = torch.arange(3, 27).view(2, 12)
     one, two = (policy(tokens, tokens > 5) for _ in range(2))

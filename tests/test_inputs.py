@@ -72,8 +72,11 @@ def test_placeholders_and_repeats_are_counted(tmp_path, capsys, kind):
     ]  # fmt: skip
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
-    assert "1 rows without problem or answer are left out" in lines[0]
-    assert "6 rows are left out, as a placeholder" in lines[1] and "'proof' 2" in lines[1]
+    assert "1 rows without a problem or an answer are left out" in lines[0]
+    assert (
+        "6 rows are left out, as their answer is only a placeholder" in lines[1]
+        and "'proof' 2" in lines[1]
+    )
     assert "2 rows repeat an earlier problem: left out; 1 of them have another answer" in lines[2]
     assert refusal(capsys, write(tmp_path / f"all.{kind}", rows[:3]))
 
@@ -233,7 +236,7 @@ def test_half_a_character(tmp_path, capsys):
         ('{"prompt": [{"role": "user", "content": "\\ud800"}], "answer": "1"}', "prompt"),
     ):
         name = write(tmp_path / "a.jsonl", [line])
-        assert f"row 0, column {column}: half a character" in refusal(capsys, name)
+        assert f"row 0, column {column}: the text has half a character" in refusal(capsys, name)
 
 
 def test_folders(tmp_path, capsys):

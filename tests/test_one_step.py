@@ -91,7 +91,7 @@ def test_the_pages_in_docs_are_lab_pages(name):
 def test_a_group_without_contrast_is_refused(tmp_path):
     flags = ["--problem", "Q 67#3 A", "--answer", "77", "--output", str(tmp_path / "a.html")]
     assert "has correct and incorrect ones" in run(*flags, code=2)
-    assert "--problem and --answer go together" in run("--problem", "Q 67#3 A", code=2)
+    assert "--problem needs --answer" in run("--problem", "Q 67#3 A", code=2)
     assert "--model no/such cannot be loaded" in run("--model", "no/such", code=2)
 
 

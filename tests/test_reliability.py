@@ -301,8 +301,8 @@ def test_steps_that_train_on_nothing(tmp_path):
     assert {x for x, _ in first} == {x for x, _ in second} and first != second
     assert output.count("warning: ") == 3
     for line in (
-        "warning: step 0: 100% of the responses reached --max-completion-length 4 and score 0",
-        r"warning: step 0: no response has a \boxed{} answer",
+        "warning: step 0: 100% of the responses reached --max-completion-length 4 and get ",
+        r"warning: step 0: no response has its answer in \boxed{}, so all get reward 0",
         "warning: step 1: every group is all correct or all incorrect",
     ):
         assert line in output
@@ -333,7 +333,7 @@ def test_a_weight_that_is_not_finite(tmp_path):
 
 def test_resume_from_nowhere(tmp_path):
     output = run("dsrl", tmp_path, "--resume", str(tmp_path / "step_000001"), code=2)
-    assert "error: --resume" in output and "no checkpoint is there" in output
+    assert "error: --resume" in output and "is not a checkpoint" in output
 
 
 def test_heads_that_do_not_divide(tmp_path):
@@ -398,7 +398,7 @@ def test_unwritable_folder():
 
 def test_engines_without_a_prompt(tmp_path):
     output = run("prerl", tmp_path, "--num-prompts", "1", "--num-processes", "2", code=2)
-    assert "error: --num-prompts 1: the 2 engines need a prompt each" in output
+    assert "error: --num-prompts 1: each of the 2 engines needs a prompt" in output
 
 
 @pytest.mark.parametrize(
@@ -411,9 +411,9 @@ def test_engines_without_a_prompt(tmp_path):
         (dict(learning_rate=math.nan), "--learning-rate must be positive"),
         (dict(tensor_parallel_size=0), "--tensor-parallel-size must be positive"),
         (dict(tensor_parallel_size=2), "does not divide the 1 processes"),
-        (dict(num_generations=1), "a group needs 2 or more"),
-        (dict(num_generations=1, advantage="reinforce++"), "a group needs 2 or more"),
-        (dict(eval_datasets=("a/test.jsonl", "b/test.jsonl")), "two evaluation sets are called"),
+        (dict(num_generations=1), "makes every advantage 0"),
+        (dict(num_generations=1, advantage="reinforce++"), "makes every advantage 0"),
+        (dict(eval_datasets=("a/test.jsonl", "b/test.jsonl")), "two evaluation sets have the name"),
         (dict(resume="auto"), "--resume needs --output-dir"),
         (dict(track="wandb"), "pip install wandb"),
     ],
@@ -594,7 +594,7 @@ def test_long_prompts_are_left_out(tiny_model_dir, one_rank, capsys, monkeypatch
         config = SimpleNamespace(max_position_embeddings=limit)
         inputs.fit_context([kept[1:], kept], config, args)
         assert (args.context, args.max_completion_length) == (context, completion)
-        cut = "completions are cut to 5" in capsys.readouterr().out
+        cut = "--max-completion-length is reduced to 5" in capsys.readouterr().out
         assert cut == (limit == 8)
     with pytest.raises(SystemExit):
         inputs.fit_context([kept], SimpleNamespace(max_position_embeddings=3), args)

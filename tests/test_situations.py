@@ -50,7 +50,7 @@ def test_everything_unusual_at_once(tmp_path):
         if done.returncode == 99:
             pytest.skip("file systems cannot be mounted here")
         assert done.returncode == 0, output
-    assert "going on from läufe/run 1/checkpoints/step_000001" in output
+    assert "continuing from läufe/run 1/checkpoints/step_000001" in output
     assert [row["step"] for row in metrics(folder)] == [0, 1, 2]
     assert all(row["sync/logprob_gap"] < 1e-5 for row in metrics(folder)[1:])
     assert "eval/meine Aufgäben/avg@2" in metrics(folder)[-1]
@@ -72,7 +72,7 @@ def test_too_few_open_files():
     assert runs[0].returncode == 0 and "(100, " not in runs[0].stdout, runs[0].stderr
     assert runs[1].returncode == 2
     assert runs[1].stderr.splitlines() == [
-        "error: a process may open only 100 files, and needs 256: raise ulimit -n"
+        "error: a process may open only 100 files but needs 256: raise ulimit -n"
     ]
 
 
@@ -100,7 +100,7 @@ def test_two_runs_in_one_folder(tmp_path):
         fcntl.flock(other, fcntl.LOCK_EX)
         lines = run("dsrl", tmp_path, *flags, code=2).splitlines()
     assert [line for line in lines if not line.startswith("the model's context")] == [
-        f"error: another run writes to {tmp_path} at this moment: give another --output-dir"
+        f"error: another run is writing to {tmp_path}: give another --output-dir"
     ]
     assert [file.name for file in tmp_path.iterdir()] == ["args.json"]
     assert (tmp_path / "args.json").read_text() == '{"seed": 1}'
