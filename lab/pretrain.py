@@ -29,6 +29,7 @@ from lab.task import (
     VOCABULARY,
     WORLDS,
     boxed_answer,
+    contexts_of,
     make_tokenizer,
     opening,
     problems,
@@ -137,7 +138,10 @@ def pretrain(args: Args) -> None:
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % 100 == 0:
-            print(f"step {step + 1} loss {loss:.4f} seconds {time.time() - start:.0f}", flush=True)
+            line = f"step {step + 1} loss {loss:.4f} seconds {time.time() - start:.0f}"
+            if WORLDS[args.world].switch:
+                line += f" p(Let) {let_probability(model, tokenizer, WORLDS[args.world])}"
+            print(line, flush=True)
 
     model.generation_config = GenerationConfig(
         do_sample=True,
@@ -178,6 +182,20 @@ def sample(model, tokenizer, prompts: list[str], max_tokens: int) -> list[list[i
             tokens = tokens[going]
             cache.batch_select_indices(going)
     return responses
+
+
+@torch.no_grad()
+def let_probability(model, tokenizer, world) -> dict[str, float]:
+    """Probability that a response's style is "Let", by context: a mean over the test problems.
+
+    The keys are contexts_of()'s.
+    """
+    found = {}
+    for name, contexts in contexts_of(problems("test", world), world).items():
+        texts = [context + opening for context, opening in contexts]
+        logits = model(input_ids=torch.tensor(tokenizer(texts)["input_ids"])).logits[:, -1]
+        found[name] = round(logits.softmax(-1)[:, VOCABULARY.index("Let ")].mean().item(), 4)
+    return found
 
 
 def mean(values) -> float:
