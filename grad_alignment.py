@@ -367,15 +367,13 @@ def compare_modes(policy, prompts, responses, rewards, bos, modes, args, device)
     """
     rows, pairs = range(len(modes)), [(name, s) for name, s in zip(MODES, (1, -1))]
     texts = [modes[i][name] for name, _ in pairs for i in rows]
-    weights = [
-        torch.full((len(modes[i][name]),), s / len(modes)) for name, s in pairs for i in rows
-    ]
-    weights = [weight.double() for weight in weights]
+    even = [np.full(len(modes[i][name]), s / len(modes)) for name, s in pairs for i in rows]
+    weights = [torch.from_numpy(w) for w in even]
     contexts = {"x": [m["prompt_ids"] for m in modes] * 2, "bos": [[bos]] * len(texts)}
     result, grad_m = {}, {}
     for space, context in contexts.items():
         logp = logprobs(policy, context, texts, args, device)
-        result[f"log_odds_{space}"] = sum((w.numpy() @ p) for w, p in zip(weights, logp))
+        result[f"log_odds_{space}"] = sum(w @ p for w, p in zip(even, logp))
         grad_m[space] = batch_gradient(policy, context, texts, weights, args, device)
     result["cosine"] = cosine(grad_m["x"], grad_m["bos"])
 
@@ -395,7 +393,7 @@ def compare_modes(policy, prompts, responses, rewards, bos, modes, args, device)
     result["updates"] = {}
     for name, (space, A) in updates.items():
         context = prompts if space == "x" else [[bos]] * len(responses)
-        each = [torch.full((len(y),), a.item()).double() for a, y in zip(A, responses)]
+        each = [torch.from_numpy(np.full(len(y), a.item())) for a, y in zip(A, responses)]
         g = batch_gradient(policy, context, responses, each, args, device)
         norm, signs = dot(g, g) ** 0.5, [u.sign() for u in g]
         if norm:

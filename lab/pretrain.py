@@ -26,6 +26,7 @@ from transformers import (
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lab.task import (
+    FLAGS,
     VOCABULARY,
     WORLDS,
     boxed_answer,
@@ -89,6 +90,19 @@ def make_model(tokenizer) -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(config)
 
 
+@torch.no_grad()
+def renew_embeddings(model, tokenizer) -> None:
+    """Draw anew the embeddings of the flags, if the start's tokenizer does not have them.
+
+    Training has moved the embeddings of unused tokens to almost the same vector, so that two flags
+    in their place would not be told apart: lab/base learnt nothing of them in 200 steps.
+    """
+    table = model.get_input_embeddings().weight
+    spread = table[VOCABULARY.index("0") :].std().item()  # of tokens in use
+    for flag in [flag for flag in FLAGS if flag not in tokenizer.get_vocab()]:
+        table[VOCABULARY.index(flag)].normal_(0, spread)
+
+
 def train_step(model, documents: list[list[int]], pad: int, buckets: int = 4) -> float:
     """Accumulate the gradient of the mean loss per token over `documents`; return that loss.
 
@@ -121,6 +135,8 @@ def pretrain(args: Args) -> None:
     model = make_model(tokenizer)
     if args.start:
         model = AutoModelForCausalLM.from_pretrained(args.start, dtype=torch.float32)
+        if WORLDS[args.world].switch:
+            renew_embeddings(model, AutoTokenizer.from_pretrained(args.start))
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.98))
     warmup, decay = 50, args.decay_share * args.steps

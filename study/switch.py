@@ -236,18 +236,21 @@ class Args:
     steps: int = 0
     """of every run; default as OPTIMIZERS says. Fewer are a trial of the chain, not a result"""
     base_steps: int = 0
-    """of a base's pre-training, for a trial; default as BASE and DOSE say"""
+    """of a base's pre-training, for a trial; default as BASES and DOSE say"""
     folder: Path = ROOT / "runs" / "switch"
-    results: Path = ROOT / "study" / "results"
-    """folder of the CSV files"""
     jobs: int = 2
     """runs at a time, with a part of the cores each"""
 
 
-# Pre-training of a base of "switch", and of the other worlds' from that
-BASE = "--rich-share 0"
+# Pre-training of the bases of "switch": the first goes on from the lab's base, the second begins
+# with nothing. The other worlds' go on from that of "switch".
+BASES = {
+    1: "--start lab/base --rich-share 0 --steps 300 --learning-rate 1e-3",
+    2: "--rich-share 0",
+}
 DOSE = "--rich-share 0 --steps 300 --learning-rate 1e-3"
-SECONDS = {"start": 45, "step": 0.9, "evaluation": 2.5, "base": 900, "dose": 200, "gradients": 150}
+# On one core of its own; GUESSED, before the study has run: correct them by what a run took
+SECONDS = {"start": 45, "step": 0.9, "evaluation": 2.5, "pretraining step": 0.5, "gradients": 150}
 
 
 def chosen(args: Args) -> list[Run]:
@@ -321,7 +324,7 @@ def make_base(args: Args, world: str, base: int, threads: int) -> None:
         line = [sys.executable, "-u", "lab/pretrain.py", "--world", world, "--seed", str(base)]
         line += ["--checkpoint", str(folder / "model")]
         start = str(base_folder(args, "switch", base) / "model")
-        line += BASE.split() if world == "switch" else ["--start", start, *DOSE.split()]
+        line += BASES[base].split() if world == "switch" else ["--start", start, *DOSE.split()]
         line += ["--steps", str(args.base_steps)] if args.base_steps else []
         print(" ".join(line[1:]), flush=True)
         if do(line, threads, folder / "pretrain.log"):
@@ -361,7 +364,10 @@ def main(args: Args) -> None:
             print(f"{'/'.join(map(str, run)):60} {seconds(args, run):4.0f} s{done}")
         for world, base in bases:
             if not (base_folder(args, world, base) / "model" / "tokenizer.json").exists():
-                total += SECONDS["base" if world == "switch" else "dose"] + SECONDS["gradients"]
+                long = (world, base) == ("switch", 2)
+                total += SECONDS["pretraining step"] * (args.base_steps or (2000 if long else 300))
+            if not (base_folder(args, world, base) / "gradients" / "alignment.json").exists():
+                total += SECONDS["gradients"]
         hours = total / 3600 / args.jobs
         print(f"{len(runs)} runs, {len(left)} of them left, {len(bases)} bases: {hours:.1f} hours")
         return None
@@ -378,9 +384,15 @@ def main(args: Args) -> None:
         with lock:
             collect(args)
 
+    def base_alone(pair: tuple[str, int]) -> None:
+        with bases_lock[pair]:
+            make_base(args, *pair, threads)
+
     with ThreadPoolExecutor(args.jobs) as pool:
-        for work in [pool.submit(one, run) for run in left]:
-            work.result()
+        work = [pool.submit(base_alone, pair) for pair in bases if pair[0] == "switch"]
+        work += [pool.submit(one, run) for run in left]
+        for future in work:
+            future.result()
     return None
 
 

@@ -182,17 +182,17 @@ def test_modes_equal_finite_differences(measured, tmp_path):
     tokenizer, plain = AutoTokenizer.from_pretrained(BASE), Plain()
     context = {"x": lambda x: tokenizer.encode(x), "bos": lambda x: [result["bos"]]}
 
-    def log_odds(space: str) -> float:
-        with torch.no_grad():
-            return sum(
-                sign
-                * plain.logps(context[space](row["problem"]), tokenizer.encode(row[name])).sum()
-                for row in modes
-                for name, sign in (("careful", 1), ("careless", -1))
-            ).item() / len(modes)
+    def log_odds(space: str) -> torch.Tensor:
+        return sum(
+            sign * plain.logps(context[space](row["problem"]), tokenizer.encode(row[name])).sum()
+            for row in modes
+            for name, sign in (("careful", 1), ("careless", -1))
+        ) / len(modes)
 
+    grad_m = {space: plain.gradient(log_odds(space)) for space in context}
+    assert found["cosine"] == pytest.approx(cosine(*grad_m.values()), abs=1e-8)
     for space in context:
-        assert found[f"log_odds_{space}"] == pytest.approx(log_odds(space), rel=1e-8)
+        assert found[f"log_odds_{space}"] == pytest.approx(log_odds(space).item(), rel=1e-8)
     rows = pyarrow.parquet.read_table(folder / "rollouts.parquet").to_pylist()
     rewards = torch.tensor([row["reward"] for row in rows], dtype=torch.float64).view(-1, GROUP)
     mean = rewards - rewards.mean(1, keepdim=True)
@@ -219,15 +219,18 @@ def test_modes_equal_finite_differences(measured, tmp_path):
         ours = found["updates"][name]
         assert ours["norm"] == pytest.approx(total.norm().item(), rel=1e-8)
         for kind, along in (("", total), ("_signs", total.sign())):
-            step = 1e-4 * along / along.norm()
-            plain.add(step)
-            after = {space: log_odds(space) for space in context}
-            plain.add(-2 * step)
-            before = {space: log_odds(space) for space in context}
-            plain.add(step)
-            for space in context:
-                expected = (after[space] - before[space]) / 2e-4
-                assert ours[space + kind] == pytest.approx(expected, rel=1e-4, abs=1e-5), name
+            along = along / along.norm()
+            # Larger steps would bend, smaller ones drown: the norms of the model are float32
+            values = {space: [] for space in context}
+            for change in (5e-3, -1e-2, 5e-3):
+                plain.add(change * along)
+                with torch.no_grad():
+                    for space in context:
+                        values[space].append(log_odds(space).item())
+            for space, (after, before, _) in values.items():
+                moved = ours[space + kind]
+                assert moved == pytest.approx((grad_m[space] @ along).item(), rel=1e-5, abs=1e-8)
+                assert moved == pytest.approx((after - before) / 1e-2, rel=0.02, abs=1e-3), name
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"problem": "Q 81#3 A"}', None])

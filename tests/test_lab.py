@@ -11,7 +11,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lab import task
-from lab.pretrain import BASE, make_model, measure, sample, train_step
+from lab.pretrain import (
+    BASE,
+    let_probability,
+    make_model,
+    measure,
+    renew_embeddings,
+    sample,
+    train_step,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -269,6 +277,25 @@ def test_train_step_is_the_mean_over_all_tokens(documents):
         loss, rel=1e-5
     )
     torch.testing.assert_close(model.model.embed_tokens.weight.grad, bucketed, rtol=1e-3, atol=1e-6)
+
+
+def test_flags_of_the_labs_base_are_told_apart_only_after_renewal():
+    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    table, flags = model.get_input_embeddings().weight, [5, 6]
+    assert [task.VOCABULARY[i] for i in flags] == task.FLAGS
+    before = table.detach().clone()
+    # without it, the context's flag makes no difference to speak of
+    without = let_probability(model, task.make_tokenizer(), task.WORLDS["switch"])
+    assert without["N"] == pytest.approx(without["T"], abs=0.01)
+    torch.manual_seed(0)
+    renew_embeddings(model, task.make_tokenizer())  # a start that has the flags
+    assert torch.equal(table, before)
+    renew_embeddings(model, AutoTokenizer.from_pretrained(BASE))
+    others = [i for i in range(32) if i not in flags]
+    assert torch.equal(table[others], before[others])
+    apart = [torch.cosine_similarity(t[5], t[6], dim=0).item() for t in (before, table)]
+    assert apart[0] > 0.99 and apart[1] < 0.5
+    assert table[flags].std() == pytest.approx(before[7:].std().item(), rel=0.3)
 
 
 def test_sampler_follows_the_model():
