@@ -172,6 +172,7 @@ def test_results_of_an_unfinished_study(tmp_path, monkeypatch):
     assert (tmp_path / "switch.png").stat().st_size > 2e4
 
 
+@pytest.mark.slow
 def test_one_run_of_one_step(tmp_path, monkeypatch):
     """The chain from pre-training to the measured probabilities, which are those of the model."""
     monkeypatch.setattr(experiments, "RESULTS", tmp_path / "results")
@@ -180,6 +181,7 @@ def test_one_run_of_one_step(tmp_path, monkeypatch):
     args.worlds, args.folder, args.jobs = ("switch",), tmp_path, 1
     switch.main(args)
     (run,) = switch.chosen(args)
+    (switch.ROOT / switch.script_name(run.method, run.optimizer)).unlink()
     folder = switch.run_folder(args, run)
     assert (folder / "done").exists() and not (tmp_path / "results").exists()
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -202,3 +204,4 @@ def test_one_run_of_one_step(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/nothing/is/run")  # all of it is there
     switch.main(args)
     assert (folder / "metrics.jsonl").stat().st_mtime_ns == before
+    (switch.ROOT / switch.script_name(run.method, run.optimizer)).unlink()
