@@ -352,6 +352,7 @@ def make_base(args: Args, world: str, base: int, threads: int) -> None:
 def main(args: Args) -> None:
     if args.show:
         return print(show(*args.show))
+    args.folder = args.folder.resolve()  # the runs are started in the repository
     if (args.steps or args.base_steps) and args.folder == Args.folder:
         sys.exit("error: a trial needs a --folder of its own, or the study would take it for a run")
     runs = chosen(args)
