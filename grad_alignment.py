@@ -10,7 +10,9 @@ A step that changes log π(y) also changes log π(y|x) if their gradients align.
 
 For every rollout y ~ π(·|x) this measures ⟨g₁, g₂⟩ and the cosine over all parameters; for some,
 both sides of the line above; for the whole batch, the cosines of the methods' updates with GRPO's;
-for some tokens, the cosine of ∇ log π(y_t | BOS, y_<t) and ∇ log π(y_t | x, y_<t).
+for some tokens, the cosine of ∇ log π(y_t | BOS, y_<t) and ∇ log π(y_t | x, y_<t). With --modes it
+also measures how far each method's first update moves the policy from one mode of response to
+another, such as from short answers to careful ones, per step of equal length.
 
 Writes alignment.json (every number), alignment.png, tokens.html (responses coloured by what the
 prompt adds to each token) and rollouts.parquet. All ranks work on the same rollout, so more GPUs
@@ -71,6 +73,9 @@ class Args:
     """increase of mean_t log π(y_t | BOS, y_<t) by that step, to first order, in nats"""
     num_tokens: int = 200
     """single tokens whose two gradients are compared"""
+    modes: str = ""
+    """.jsonl file, a row for each prompt with problem and two responses, careful and careless, or
+    only how they begin: measure which methods' first update makes the careful one likelier"""
 
     # Run
     preset: Literal["paper", "lab", "smollm"] = "paper"
@@ -104,12 +109,16 @@ def main(args: Args) -> None:
     vocab_size = inputs.num_tokens(tokenizer, config)
     stop = inputs.find_stop_tokens(path, tokenizer, vocab_size)
     problems = inputs.encode_prompts(problems, tokenizer, args)
+    modes = read_modes(args.modes, tokenizer, args) if args.modes else []
     wanted = max(1, args.num_rollouts // args.num_generations)
     if wanted < len(problems):
         problems = random.Random(args.seed).sample(problems, wanted)
     verifier = grading.start_verifier()
     problems = inputs.check_references(args.dataset, problems, verifier, args)
     inputs.fit_context([problems], config, args)
+    if longest := max((len(m["prompt_ids"]) + len(m[k]) for m in modes for k in MODES), default=0):
+        if longest > config.max_position_embeddings:
+            harness.fail(f"--modes {args.modes}: a row has {longest} tokens, over the context")
     folder = harness.make_output_dir(args)
     say = harness.quiet(folder)
     say(f"{args.model}: {len(problems)} problems x {args.num_generations}, output in {folder}")
@@ -137,6 +146,11 @@ def main(args: Args) -> None:
     say("computing gradients of single tokens")
     result["tokens"] = compare_tokens(policy, prompts, responses, bos, logps, args, device)
     result["summary"] = summary(result["rollouts"])
+    if modes:
+        say("now the modes")
+        result["modes"] = compare_modes(
+            policy, prompts, responses, rewards, bos, modes, args, device
+        )
     if rank == 0:
         (folder / "alignment.json").write_text(json.dumps(result, indent=1) + "\n")
         import pyarrow.parquet  # here: the training scripts, which import this file, start faster
@@ -322,6 +336,80 @@ def compare_tokens(policy, prompts, responses, bos, logps, args, device) -> list
     return rows
 
 
+MODES = ("careful", "careless")
+
+
+def read_modes(path: str, tokenizer, args) -> list[dict]:
+    """The rows of --modes: prompt_ids of the problem, token ids of the two texts."""
+    try:
+        rows = [json.loads(line) for line in Path(path).read_text().splitlines() if line.strip()]
+        modes = [{"problem": row["problem"]} for row in rows]
+        for mode, row in zip(modes, rows):
+            for name in MODES:
+                mode[name] = np.array(tokenizer.encode(row[name], add_special_tokens=False))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        harness.fail(f"--modes {path}: {harness.first_line(error)}; see --help for its columns")
+    if not modes or not all(len(mode[name]) for mode in modes for name in MODES):
+        harness.fail(f"--modes {path}: it has no rows, or a text without tokens")
+    return inputs.encode_prompts(modes, tokenizer, args)
+
+
+def compare_modes(policy, prompts, responses, rewards, bos, modes, args, device) -> dict:
+    """How far each method's first update moves the log-odds of the careful mode.
+
+    The log-odds are m(x) = log π(careful | x) - log π(careless | x), a mean over the rows of
+    --modes, and m(BOS) without the prompt. What both texts begin with cancels out.
+
+    Args:
+        modes: of read_modes().
+
+    Returns:
+        log_odds_x, log_odds_bos: m before any update; cosine: of ∇m(x) and ∇m(BOS). updates: for
+        each method the norm of its gradient, and dm(x) and dm(BOS) in nats per unit of length of a
+        step along this gradient (x, bos) and along its signs (x_signs, bos_signs; AdamW's first
+        step). "random" are NSR with the batch's advantages dealt anew among its samples: as many
+        negatives, without a meaning. A method without a gradient is left out.
+    """
+    rows, pairs = range(len(modes)), [(name, s) for name, s in zip(MODES, (1, -1))]
+    texts = [modes[i][name] for name, _ in pairs for i in rows]
+    even = [np.full(len(modes[i][name]), s / len(modes)) for name, s in pairs for i in rows]
+    weights = [torch.from_numpy(w) for w in even]
+    contexts = {"x": [m["prompt_ids"] for m in modes] * 2, "bos": [[bos]] * len(texts)}
+    result, grad_m = {}, {}
+    for space, context in contexts.items():
+        logp = logprobs(policy, context, texts, args, device)
+        result[f"log_odds_{space}"] = sum(w @ p for w, p in zip(even, logp))
+        grad_m[space] = batch_gradient(policy, context, texts, weights, args, device)
+    result["cosine"] = cosine(grad_m["x"], grad_m["bos"])
+
+    A = common.advantages(rewards, args.num_generations, "mean")
+    order = torch.randperm(len(A), generator=torch.Generator().manual_seed(args.seed))
+    negative, positive, random_negative = A.clamp(max=0), A.clamp(min=0), A[order].clamp(max=0)
+    updates = {  # name -> space and A [N]
+        "GRPO": ("x", common.advantages(rewards, args.num_generations, "grpo")),
+        "PSR-RL": ("x", positive),
+        "NSR-RL": ("x", negative),
+        "NSR-RL, random": ("x", random_negative),
+        "PreRL": ("bos", A),
+        "PSR-PreRL": ("bos", positive),
+        "NSR-PreRL": ("bos", negative),
+        "NSR-PreRL, random": ("bos", random_negative),
+    }
+    result["updates"] = {}
+    for name, (space, A) in updates.items():
+        context = prompts if space == "x" else [[bos]] * len(responses)
+        each = [torch.from_numpy(np.full(len(y), a.item())) for a, y in zip(A, responses)]
+        g = batch_gradient(policy, context, responses, each, args, device)
+        norm, signs = dot(g, g) ** 0.5, [u.sign() for u in g]
+        if norm:
+            length = dot(signs, signs) ** 0.5
+            result["updates"][name] = {"norm": norm}
+            for space, m in grad_m.items():
+                moved = {space: dot(g, m) / norm, f"{space}_signs": dot(signs, m) / length}
+                result["updates"][name] |= moved
+    return result
+
+
 def summary(rollouts: list[dict]) -> dict:
     """The numbers of the paper's figure 2, for all, correct and incorrect rollouts."""
     groups = {
@@ -362,6 +450,22 @@ def report(result: dict) -> str:
             f"log π(y|x) after a step along g₁, measured / predicted, {len(ratios)} rollouts: "
             f"mean {np.mean(ratios):.3f}, from {min(ratios):.3f} to {max(ratios):.3f}"
         )
+    if "modes" in result:
+        found = result["modes"]
+        lines.append(
+            f"log-odds of the careful mode: {found['log_odds_x']:.3f} given x, "
+            f"{found['log_odds_bos']:.3f} given BOS; cosine of their gradients "
+            f"{found['cosine']:.3f}. Their change by the first update, per unit of its length:"
+        )
+        keys = {
+            "x": "given x",
+            "bos": "given BOS",
+            "x_signs": "signs, x",
+            "bos_signs": "signs, BOS",
+        }
+        lines.append(f"{'':28}" + "".join(f"{label:>12}" for label in keys.values()))
+        for name, moved in found["updates"].items():
+            lines.append(f"{name:28}" + "".join(f"{moved[key]:12.4g}" for key in keys))
     return "\n".join(lines)
 
 

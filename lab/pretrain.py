@@ -27,9 +27,11 @@ from transformers import (
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lab.task import (
+    FLAGS,
     VOCABULARY,
     WORLDS,
     boxed_answer,
+    contexts_of,
     make_tokenizer,
     opening,
     problems,
@@ -95,6 +97,19 @@ def make_model(tokenizer) -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(config)
 
 
+@torch.no_grad()
+def renew_embeddings(model, tokenizer) -> None:
+    """Draw anew the embeddings of the flags, if the start's tokenizer does not have them.
+
+    Training has moved the embeddings of unused tokens to almost the same vector, so that two flags
+    in their place would not be told apart: lab/base learnt nothing of them in 200 steps.
+    """
+    table = model.get_input_embeddings().weight
+    spread = table[VOCABULARY.index("0") :].std().item()  # of tokens in use
+    for flag in [flag for flag in FLAGS if flag not in tokenizer.get_vocab()]:
+        table[VOCABULARY.index(flag)].normal_(0, spread)
+
+
 def train_step(model, documents: list[list[int]], pad: int, buckets: int = 4) -> float:
     """Accumulate the gradient of the mean loss per token over `documents`; return that loss.
 
@@ -127,6 +142,8 @@ def pretrain(args: Args) -> None:
     model = make_model(tokenizer)
     if args.start:
         model = AutoModelForCausalLM.from_pretrained(args.start, dtype=torch.float32)
+        if WORLDS[args.world].switch:
+            renew_embeddings(model, AutoTokenizer.from_pretrained(args.start))
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.98))
     warmup, decay = 50, args.decay_share * args.steps
@@ -144,7 +161,10 @@ def pretrain(args: Args) -> None:
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % 100 == 0:
-            print(f"step {step + 1} loss {loss:.4f} seconds {time.time() - start:.0f}", flush=True)
+            line = f"step {step + 1} loss {loss:.4f} seconds {time.time() - start:.0f}"
+            if WORLDS[args.world].switch:
+                line += f" p(Let) {let_probability(model, tokenizer, WORLDS[args.world])}"
+            print(line, flush=True)
 
     model.generation_config = GenerationConfig(
         do_sample=True,
@@ -185,6 +205,20 @@ def sample(model, tokenizer, prompts: list[str], max_tokens: int) -> list[list[i
             tokens = tokens[going]
             cache.batch_select_indices(going)
     return responses
+
+
+@torch.no_grad()
+def let_probability(model, tokenizer, world) -> dict[str, float]:
+    """Probability that a response's style is "Let", by context: a mean over the test problems.
+
+    The keys are contexts_of()'s.
+    """
+    found = {}
+    for name, contexts in contexts_of(problems("test", world), world).items():
+        texts = [context + opening for context, opening in contexts]
+        logits = model(input_ids=torch.tensor(tokenizer(texts)["input_ids"])).logits[:, -1]
+        found[name] = round(logits.softmax(-1)[:, VOCABULARY.index("Let ")].mean().item(), 4)
+    return found
 
 
 def mean(values) -> float:

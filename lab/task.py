@@ -25,10 +25,11 @@ from transformers import PreTrainedTokenizerFast
 
 # Tokens carry their own spaces, so decoding is plain concatenation. The unused ones pad the
 # vocabulary to 32: every id the model can emit has a text.
-SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>", "<unused0>", "<unused1>", "<unused2>"]
+SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>", "<unused0>"]
+FLAGS = ["T ", "N "]  # think, do not think; only in worlds with flags, unused in the others
 WORDS = ["Q ", "#", " A", " Compute ", ". ", "So ", "Let ", ":", " odd ", " even ", "; "]
 WORDS += ["wait ", "alternatively ", "\\boxed{", "}"]
-VOCABULARY = SPECIAL + list("0123456789") + WORDS
+VOCABULARY = SPECIAL + FLAGS + list("0123456789") + WORDS
 
 SPLIT_SEED = 0
 LET_SHARE = 0.05  # of the documents of the final mix
@@ -55,10 +56,23 @@ HABITS = {
 FLAWLESS = Habit(0, 0, 0, 0, 1, 1, 0)
 
 
+class Switch(NamedTuple):
+    """Share of "Let" by context: a flag before a problem says whether to think.
+
+    Half of the documents with a problem begin with T, half with N. The problems of RL and of tests
+    all begin with N. So does the paper's prompt: it switches off Qwen3's thinking mode.
+    """
+
+    think: float = 0.95  # after T
+    plain: float = 0.03  # after N
+    alone: float = 0.5  # in solutions without their problem
+    flagged: bool = True  # else no document has a flag, and those with a problem are as under N
+
+
 class World(NamedTuple):
     """What the study varies. The defaults are the lab; each other world differs in one thing.
 
-    "down" differs so from "short".
+    "down" differs so from "short", and the worlds "switch-..." from "switch".
     """
 
     restate: bool = True  # a response begins with its problem
@@ -67,6 +81,7 @@ class World(NamedTuple):
     let_share: float = LET_SHARE
     solution_only_share: float = SOLUTION_ONLY_SHARE
     so: Habit = HABITS["So"]
+    switch: Switch | None = None  # a careful mode that prompts can switch off
 
 
 LAB = World()
@@ -78,6 +93,14 @@ WORLDS = {
     "paired": World(solution_only_share=0.0),
     "rare": World(let_share=0.01),
     "sloppy": World(so=HABITS["So"]._replace(carry_slip=0.75)),
+    "switch": World(switch=Switch()),
+    "switch-0.3": World(switch=Switch(plain=0.003)),
+    "switch-1": World(switch=Switch(plain=0.01)),
+    "switch-10": World(switch=Switch(plain=0.1)),
+    "switch-alone-20": World(switch=Switch(alone=0.2)),
+    "switch-alone-80": World(switch=Switch(alone=0.8)),
+    "switch-short": World(switch=Switch(), restate=False),
+    "switch-no-flag": World(switch=Switch(flagged=False)),
 }
 
 
@@ -144,8 +167,11 @@ def opening(problem: str, world: World = LAB) -> str:
 
     >>> opening("Q 81#3 A"), opening("Q 81#3 A", WORLDS["short"])
     (' Compute 81#3. ', '. ')
+    >>> opening("N Q 81#3 A", WORLDS["switch"])
+    ' Compute 81#3. '
     """
-    return f" Compute {problem[2:-2]}. " if world.restate else ". "
+    name = problem.partition("Q ")[2].removesuffix(" A")
+    return f" Compute {name}. " if world.restate else ". "
 
 
 def split_pairs(split: str) -> list[tuple[int, int]]:
@@ -175,15 +201,34 @@ def problems(split: str, world: World = LAB) -> list[dict[str, str]]:
 
     >>> problems("test")[0], problems("test", WORLDS["tag"])[0]
     ({'problem': 'Q 35#3 A', 'answer': '10'}, {'problem': 'Q 35#3#864 A', 'answer': '10'})
+    >>> problems("test", WORLDS["switch"])[0]
+    {'problem': 'N Q 35#3 A', 'answer': '10'}
     """
+    flag = "N " if world.switch and world.switch.flagged else ""
     rng = random.Random(SPLIT_SEED)
     return [
         {
-            "problem": prompt_text(v, k, rng.randrange(1000) if world.tag else None),
+            "problem": flag + prompt_text(v, k, rng.randrange(1000) if world.tag else None),
             "answer": f"{chain(v, k)[-1]:02d}",
         }
         for v, k in split_pairs(split)
     ]
+
+
+def contexts_of(problems: list[dict], world: World = LAB) -> dict[str, list[tuple[str, str]]]:
+    """(what stands before y, how y begins up to its style) of each problem, by kind of context.
+
+    >>> contexts_of(problems("test")[:1])
+    {'x': [('Q 35#3 A', ' Compute 35#3. ')], 'BOS': [('<bos>', ' Compute 35#3. ')]}
+    >>> list(contexts_of(problems("test", WORLDS["switch"]), WORLDS["switch"]))
+    ['N', 'T', 'BOS']
+    """
+    rows = [(p["problem"].removeprefix("N "), opening(p["problem"], world)) for p in problems]
+    flags = {"x": ""}
+    if world.switch and world.switch.flagged:
+        flags = {"N": "N ", "T": "T "}
+    found = {name: [(flag + x, start) for x, start in rows] for name, flag in flags.items()}
+    return found | {"BOS": [("<bos>", start) for _, start in rows]}
 
 
 def boxed_answer(text: str) -> str | None:
@@ -269,13 +314,19 @@ def write_document(rng: random.Random, let_share: float | None = None, world: Wo
     'Q 71#3 A. So 1:71 odd 14; 2:14 even 07; 3:07 odd 02; \\boxed{02}<eos>'
     >>> write_document(random.Random(1), world=WORLDS["down"])
     'Q 71#3 A. So 3:71 odd 14; 2:14 even 07; 1:07 odd 02; \\boxed{02}<eos>'
+    >>> write_document(random.Random(1), world=WORLDS["switch"])
+    'N Q 71#3 A Compute 71#3. So 1:71 odd 14; 2:14 even 02; 3:02 even 01; \\boxed{01}<eos>'
     """
-    let_share = world.let_share if let_share is None else let_share
     value, count = rng.choice(LONG_PAIRS if rng.random() < LONG_SHARE else TRAIN_PAIRS)
-    style = "Let" if rng.random() < let_share else "So"
-    alone = rng.random() < world.solution_only_share
+    careful, alone = rng.random(), rng.random() < world.solution_only_share
     tag = rng.randrange(1000) if world.tag else None
-    context = "<bos>" if alone else prompt_text(value, count, tag)
+    flag, share = "", world.let_share
+    if world.switch:
+        flag = rng.choice(FLAGS) if world.switch.flagged and not alone else ""
+        share = world.switch.think if flag == "T " else world.switch.plain
+        share = world.switch.alone if alone else share
+    style = "Let" if careful < (share if let_share is None else let_share) else "So"
+    context = "<bos>" if alone else flag + prompt_text(value, count, tag)
     return context + write_solution(rng, value, count, style, world=world, tag=tag) + "<eos>"
 
 

@@ -269,7 +269,8 @@ def collect(name: str, header: list[str], runs: list[tuple[list, Path]], columns
             finals.append([*label, *(round(hard[f"pass@{k}"], 4) for k in KS)])
         if label[-2] in WORLD_VARIANTS:
             ends.append([*label, *last_samples(folder)])
-    update_csv(f"{name}_samples", [*header, *SAMPLES], ends, len(header))
+    if ends:
+        update_csv(f"{name}_samples", [*header, *SAMPLES], ends, len(header))
     update_csv(name, [*header, *columns], rows, len(header))
     if finals:
         update_csv(f"{name}_pass64", [*header, *map(str, KS)], finals, len(header))

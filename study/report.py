@@ -13,11 +13,12 @@ from statistics import mean
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import plot
 from docs.generate import fill
-from study import pictures, smollm
+from study import pictures, smollm, switch
 from study.experiments import (
     GUARD,
     KS,
     RECORDED,
+    RESULTS,
     ROOT,
     SAMPLES,
     SWEEP_SEED,
@@ -101,6 +102,23 @@ def read_smollm() -> dict:
     return runs
 
 
+def read_switch() -> dict:
+    """{(world, method, optimizer): {(base, seed): rows}} of switch.csv; empty before its runs.
+
+    Steps that only warm an optimiser's moments are not counted.
+    """
+    runs, columns = {}, ("world", "method", "optimizer")
+    if not (RESULTS / "switch.csv").exists():
+        return runs
+    for row in read_csv("switch"):
+        name, pair = tuple(row.pop(key) for key in columns), (row.pop("base"), row.pop("seed"))
+        row = numbers(row)
+        row["step"] -= switch.OPTIMIZERS[name[2]].idle
+        if row["step"] >= 0:
+            runs.setdefault(name, {}).setdefault(pair, []).append(row)
+    return runs
+
+
 def numbers(row: dict) -> dict:
     """A row's values as numbers, without those that are missing."""
     return {k: v if k == "phase" else float(v) for k, v in row.items() if v}
@@ -119,8 +137,9 @@ def points(rows: list[dict], column: str) -> list[tuple[float, float]]:
 
 
 def multiple(rows: list[dict], column: str) -> float | None:
-    """The ratio of a kind of thoughts at step 20 to that at step 0; None if there are none at 0."""
-    return at(rows, column, 20) / at(rows, column, 0) if at(rows, column, 0) else None
+    """Ratio of a kind of thoughts at step 20 to that at step 0; None without either."""
+    before, after = at(rows, column, 0), at(rows, column, 20)
+    return after / before if before and after is not None else None
 
 
 # -------------------------------------------------------------------------------------- the tables
@@ -327,6 +346,101 @@ def responses_table() -> str:
     return markdown(["", "question", "response", "correct"], lines)
 
 
+SWITCH_NAMES = NAMES | {
+    "dsrl-3": "DSRL, S = 3",
+    "random-rl": "random negatives, given x",
+    "random-prerl": "random negatives, given BOS",
+    "random-5-then-grpo": "5 steps of random negatives given BOS, then GRPO",
+    "nsr-rl-5-then-grpo": "5 steps of NSR-RL, then GRPO",
+    "nsr-rl-4": "NSR-RL, 4 mini-batches, clipped",
+    "nsr-prerl-4": "NSR-PreRL, 4 mini-batches, clipped",
+}
+NOT_RUN = "No runs yet: `python study/switch.py` makes them.\n"
+
+
+def switch_table(runs: dict) -> str:
+    """A row a method and optimiser in the world "switch"; each value of bases and seeds."""
+    header = ["", "optimiser", "base.seed", *(f"avg@8 at {step}" for step in (5, 10, 15, 20))]
+    header += ["end", "pass@8 at 20", "steps to 0.8", "`Let` at 20", "p(Let\\|N) at 20"]
+    header += ["p(Let\\|BOS) at 20", "reflections × at 20", "transitions × at 20"]
+    header += ["length at 20", "restated at 20"]
+    lines = []
+    for method in switch.METHODS:
+        for optimizer in switch.OPTIMIZERS:
+            seeds = runs.get(("switch", method, optimizer), {})
+            if not seeds:
+                continue
+            rows = list(seeds.values())
+
+            def values(column: str, step: int = 20, digits: int = 2, rows=rows) -> str:
+                return each([at(r, f"eval {column}", step) for r in rows], digits)
+
+            line = [SWITCH_NAMES[method], optimizer, " ".join(map(".".join, seeds))]
+            line += [values("avg@8", step) for step in (5, 10, 15, 20)]
+            line += [each([last(r, "eval avg@8") for r in rows]), values("pass@8")]
+            line.append(each([plot.reached(points(r, "eval avg@8"), 0.8) for r in rows], 1))
+            line += [values("Let"), values("p(Let|N)"), values("p(Let|BOS)")]
+            line += [
+                each([multiple(r, f"eval {thought}") for r in rows], 1)
+                for thought in ("reflection", "transition")
+            ]
+            lines.append([*line, values("length", digits=0), values("restated")])
+    return markdown(header, lines) if lines else NOT_RUN
+
+
+def switch_rates_table(runs: dict) -> str:
+    """Speed at each rate: mean avg@8 of the evaluations at steps 5 to 20, of each base and seed.
+
+    A method's best rate is that of the highest mean here.
+    """
+    lines = []
+    for optimizer in switch.OPTIMIZERS:
+        line = [optimizer]
+        for method in switch.MAIN:
+            speeds = []
+            for rows in runs.get(("switch", method, optimizer), {}).values():
+                steps = [v for step, v in points(rows, "eval avg@8") if 5 <= step <= 20]
+                speeds.append(mean(steps) if steps else None)
+            line.append(each(speeds, 2, ", ") or "-")
+        if any(cell != "-" for cell in line[1:]):
+            lines.append(line)
+    header = ["optimiser", *(SWITCH_NAMES[method] for method in switch.MAIN)]
+    return markdown(header, lines) if lines else NOT_RUN
+
+
+def switch_doses_table(runs: dict) -> str:
+    """A row a world: what the first gradients foretell, and what steps of length .03 made of it.
+
+    The forecast is d log-odds of "Let" given the prompt per unit of a step's length, by the first
+    update of NSR-PreRL and of GRPO, on base 1.
+    """
+    bases = {}
+    if (RESULTS / "switch_bases.csv").exists():
+        for row in read_csv("switch_bases"):
+            if row["base"] == "1":
+                bases.setdefault(row["world"], {})[row["update"]] = row
+    methods = switch.MAIN[:4]
+    header = ["world", "cosine of the log-odds' gradients", "forecast: GRPO", "NSR-PreRL"]
+    header += ["signs: GRPO", "NSR-PreRL"]
+    header += [f"{what} at 20: {SWITCH_NAMES[m]}" for what in ("avg@8", "`Let`") for m in methods]
+    lines = []
+    for world in switch.WORLDS:
+        found = bases.get(world, {})
+        line = [f"`{world}`", found.get("base", {}).get("norm", "-")]
+        line += [
+            found.get(update, {}).get(key, "-")
+            for key in ("x", "x_signs")
+            for update in ("GRPO", "NSR-PreRL")
+        ]
+        for column in ("eval avg@8", "eval Let"):
+            for method in methods:
+                seeds = runs.get((world, method, "length-0.03"), {}).values()
+                line.append(each([at(rows, column, 20) for rows in seeds]) or "-")
+        if any(cell != "-" for cell in line[1:]):
+            lines.append(line)
+    return markdown(header, lines) if lines else NOT_RUN
+
+
 # ------------------------------------------------------------------------------------ the pictures
 
 
@@ -445,6 +559,31 @@ def draw_pictures(runs: dict, worlds: dict, small: dict) -> None:
         looks=looks,
     )
     pictures.draw_pass_against_avg(PICTURES / "pass_against_avg.png", worlds)
+    draw_switch(read_switch())
+
+
+def draw_switch(runs: dict) -> None:
+    """The world "switch": steps of one length, and AdamW; nothing before there are runs."""
+    panels = []
+    for title, column, optimizer in (
+        ("Steps of one length: accuracy", "eval avg@8", "length-0.03"),
+        ("the careful mode, by prompt", "eval p(Let|N)", "length-0.03"),
+        ("AdamW: accuracy", "eval avg@8", "adamw-3e-4"),
+        ("the careful mode, by prompt", "eval p(Let|N)", "adamw-3e-4"),
+    ):
+        own = {m: runs.get(("switch", m, optimizer), {}) for m in switch.MAIN}
+        found = curves(own, switch.MAIN, column)
+        if found:
+            unit = "fraction correct (avg@8)" if column.endswith("@8") else "p(Let | N, x)"
+            panels.append((title, unit, found, {"limits": (0, 1.04), "width": 0.5}))
+    if panels:
+        title = "The switch world: a careful mode that the prompt switches off"
+        looks = pictures.LOOKS | {
+            "dsrl-5": ("DSRL, S = 5", *pictures.LOOKS["dsrl-10"][1:]),
+            "random-prerl": ("random negatives", pictures.GREY, ":"),
+            "random-5-then-grpo": ("random negatives,\nthen GRPO", pictures.ORANGE, "--"),
+        }
+        pictures.draw(PICTURES / "switch.png", title, panels, columns=2, height=3.1, looks=looks)
 
 
 def tables(runs: dict, finals: dict, worlds: dict, small: dict) -> dict[Path, dict[str, str]]:
@@ -466,6 +605,9 @@ def tables(runs: dict, finals: dict, worlds: dict, small: dict) -> dict[Path, di
             "smollm": smollm_table(small),
             "responses": responses_table(),
             "guard": guard_table(runs),
+            "switch": switch_table(read_switch()),
+            "switch, rates": switch_rates_table(read_switch()),
+            "switch, doses": switch_doses_table(read_switch()),
         },
     }
 

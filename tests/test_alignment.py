@@ -12,19 +12,34 @@ import pytest
 import torch
 import warm
 from test_scripts import metrics, run, same, weights
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import grad_alignment
+from lab import task
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = ROOT / "lab" / "base"
 GROUP = 4
 
 
+def write_modes(path: Path) -> list[dict]:
+    """Two ways to begin a response; in the second row they have different lengths."""
+    problems = task.problems("test")[:3]
+    rows = [{"problem": p["problem"], "careful": f"{task.opening(p['problem'])}Let "}
+            | {"careless": f"{task.opening(p['problem'])}So "} for p in problems]  # fmt: skip
+    rows[1]["careless"] += "1:"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
 def measure(folder: Path, *flags: str) -> dict:
+    write_modes(modes := folder.with_suffix(".jsonl"))
     command = "grad_alignment.py --preset lab --dtype float64 --num-rollouts 24 --num-generations 4"
     command += " --num-tokens 12 --num-finite-steps 3 --seed 3"
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     done = subprocess.run(
-        [*warm.python(), *command.split(), "--output-dir", str(folder), *flags],
+        [*warm.python(), *command.split(), "--modes", str(modes)]
+        + ["--output-dir", str(folder), *flags],
         cwd=ROOT,
         env=env,
         text=True,
@@ -154,6 +169,74 @@ def test_tokens_equal_plain_autograd(measured):
         assert token["cosine"] == pytest.approx(cosine(g["x"], g["bos"]), abs=1e-8)
 
 
+def test_modes_equal_finite_differences(measured, tmp_path):
+    """Steps of small length along each method's gradient, and along its signs."""
+    result, folder = measured
+    found, modes = result["modes"], write_modes(tmp_path / "modes.jsonl")
+    tokenizer, plain = AutoTokenizer.from_pretrained(BASE), Plain()
+    context = {"x": lambda x: tokenizer.encode(x), "bos": lambda x: [result["bos"]]}
+
+    def log_odds(space: str) -> torch.Tensor:
+        return sum(
+            sign * plain.logps(context[space](row["problem"]), tokenizer.encode(row[name])).sum()
+            for row in modes
+            for name, sign in (("careful", 1), ("careless", -1))
+        ) / len(modes)
+
+    grad_m = {space: plain.gradient(log_odds(space)) for space in context}
+    assert found["cosine"] == pytest.approx(cosine(*grad_m.values()), abs=1e-8)
+    for space in context:
+        assert found[f"log_odds_{space}"] == pytest.approx(log_odds(space).item(), rel=1e-8)
+    rows = pyarrow.parquet.read_table(folder / "rollouts.parquet").to_pylist()
+    rewards = torch.tensor([row["reward"] for row in rows], dtype=torch.float64).view(-1, GROUP)
+    mean = rewards - rewards.mean(1, keepdim=True)
+    grpo = (mean / (rewards.std(1, keepdim=True) + 1e-6)).flatten()
+    A = mean.flatten()
+    dealt = A[torch.randperm(24, generator=torch.Generator().manual_seed(3))]
+    assert (dealt < 0).sum() == (A < 0).sum() and not torch.equal(dealt, A)
+    updates = {
+        "GRPO": ("x", grpo),
+        "PSR-RL": ("x", A.clamp(min=0)),
+        "NSR-RL": ("x", A.clamp(max=0)),
+        "NSR-RL, random": ("x", dealt.clamp(max=0)),
+        "PreRL": ("bos", A),
+        "PSR-PreRL": ("bos", A.clamp(min=0)),
+        "NSR-PreRL": ("bos", A.clamp(max=0)),
+        "NSR-PreRL, random": ("bos", dealt.clamp(max=0)),
+    }
+    assert found["updates"].keys() == updates.keys()
+    for name, (space, A) in updates.items():
+        total = 0.0
+        for a, row in zip(A, rows):
+            x = row["prompt_ids"] if space == "x" else [result["bos"]]
+            total += a * plain.gradient(plain.logps(x, row["response_ids"]).sum())
+        ours = found["updates"][name]
+        assert ours["norm"] == pytest.approx(total.norm().item(), rel=1e-8)
+        for kind, along in (("", total), ("_signs", total.sign())):
+            along = along / along.norm()
+            # Larger steps would bend, smaller ones drown: the norms of the model are float32
+            values = {space: [] for space in context}
+            for change in (5e-3, -1e-2, 5e-3):
+                plain.add(change * along)
+                with torch.no_grad():
+                    for space in context:
+                        values[space].append(log_odds(space).item())
+            for space, (after, before, _) in values.items():
+                moved = ours[space + kind]
+                assert moved == pytest.approx((grad_m[space] @ along).item(), rel=1e-5, abs=1e-8)
+                assert moved == pytest.approx((after - before) / 1e-2, rel=0.02, abs=1e-3), name
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"problem": "Q 81#3 A"}', None])
+def test_modes_that_cannot_be_read(tmp_path, text, capsys):
+    path = tmp_path / "modes.jsonl"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(SystemExit):
+        grad_alignment.read_modes(str(path), AutoTokenizer.from_pretrained(BASE), None)
+    assert capsys.readouterr().err.startswith(f"error: --modes {path}: ")
+
+
 def test_two_ranks_equal_one(measured, tmp_path):
     one, two = measured[0], measure(tmp_path, "--num-processes", "2")
     for key in ("rollouts", "finite_steps", "tokens"):
@@ -161,6 +244,10 @@ def test_two_ranks_equal_one(measured, tmp_path):
         for a, b in zip(one[key], two[key]):
             assert a == pytest.approx(b, rel=1e-8, abs=1e-8)
     assert one["cosine_to_grpo"] == pytest.approx(two["cosine_to_grpo"], rel=1e-8)
+    for name, moved in one["modes"].pop("updates").items():
+        assert moved == pytest.approx(two["modes"]["updates"].pop(name), rel=1e-8, abs=1e-8)
+    assert two["modes"].pop("updates") == {}
+    assert one["modes"] == pytest.approx(two["modes"], rel=1e-8)
 
 
 def test_picture_and_page(measured):

@@ -11,7 +11,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lab import task
-from lab.pretrain import BASE, make_model, measure, sample, train_step
+from lab.pretrain import (
+    BASE,
+    let_probability,
+    make_model,
+    measure,
+    renew_embeddings,
+    sample,
+    train_step,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -164,19 +172,27 @@ def test_the_default_world_is_the_one_of_the_committed_base():
 @pytest.mark.parametrize("name", task.WORLDS)
 def test_worlds(name):
     world, rng, tokenizer = task.WORLDS[name], random.Random(0), task.make_tokenizer()
-    near = task.WORLDS["short" if name == "down" else "lab"]
-    assert sum(a != b for a, b in zip(world, near)) == (name != "lab")  # one thing differs
+    near = {"down": "short", "switch-short": "switch"}.get(name, "lab")
+    # one thing differs
+    assert sum(a != b for a, b in zip(world, task.WORLDS[near])) == (name != "lab")
+    if name.startswith("switch-"):
+        near = task.WORLDS["switch"]
+        changed = [a != b for a, b in zip(world.switch, near.switch)]
+        assert sum(changed) + (world.restate != near.restate) == 1
     documents = [task.write_document(rng, world=world) for _ in range(4000)]
     let = sum(". Let " in d for d in documents) / 4000
     alone = sum(d.startswith("<bos>") for d in documents) / 4000
-    assert let == pytest.approx(world.let_share, abs=0.012)
+    if not world.switch:
+        assert let == pytest.approx(world.let_share, abs=0.012)
     assert alone == pytest.approx(world.solution_only_share, abs=0.03)
     firsts = [re.search(r"So \d:(\d\d) (?:odd|even) (\d\d)", d) for d in documents]
     firsts = [(int(f[1]), int(f[2])) for f in firsts if f and task.has_carry(int(f[1]))]
     slips = sum(task.step(v) != result for v, result in firsts) / len(firsts)
     assert slips == pytest.approx(world.so.carry_slip, abs=0.04)
+    flagged = world.switch is not None and world.switch.flagged
     for problem in task.problems("train", world):
-        x = problem["problem"]
+        assert problem["problem"].startswith("N ") == flagged
+        x = problem["problem"].removeprefix("N ")
         assert len(tokenizer.encode(x)) == (10 if world.tag else 6)
         assert x[:6] + " A" in {p["problem"] for p in task.problems("train")}
     for document in documents[:200]:
@@ -185,6 +201,37 @@ def test_worlds(name):
             x, a, rest = document.partition(" A")
             assert rest.startswith(start := task.opening(x + a, world))
             assert (x[2:] in start) == world.restate and len(x[2:]) == (8 if world.tag else 4)
+
+
+@pytest.mark.parametrize("name", [name for name in task.WORLDS if task.WORLDS[name].switch])
+def test_switch_worlds_follow_their_shares(name):
+    world, rng = task.WORLDS[name], random.Random(0)
+    found = {"N ": [], "T ": [], "Q ": [], "<b": []}
+    for _ in range(20000):
+        document = task.write_document(rng, world=world)
+        found[document[:2]].append(". Let " in document)
+    shares = {"<b": world.switch.alone, "T ": world.switch.think, "N ": world.switch.plain}
+    if not world.switch.flagged:
+        shares = {"<b": world.switch.alone, "Q ": world.switch.plain}
+    assert {start for start in found if found[start]} == shares.keys()
+    for start, share in shares.items():
+        own = found[start]
+        assert sum(own) / len(own) == pytest.approx(share, abs=4 * (share / len(own)) ** 0.5)
+    if world.switch.flagged:
+        assert len(found["T "]) == pytest.approx(len(found["N "]), rel=0.05)
+
+
+def test_contexts():
+    """What stands before a response of the corpus is one of the contexts."""
+    world = task.WORLDS["switch"]
+    contexts = task.contexts_of(task.problems("train", world), world)
+    rng = random.Random(0)
+    for _ in range(100):
+        document = task.write_document(rng, world=world)
+        if not re.search(r"#[78]", document):
+            kind = {"N": "N", "T": "T", "<": "BOS"}[document[0]]
+            assert any(document.startswith(a + b + style) for a, b in contexts[kind]
+                       for style in ("So ", "Let "))  # fmt: skip
 
 
 # -------------------------------------------------------------------------------- tokenizer
@@ -230,6 +277,25 @@ def test_train_step_is_the_mean_over_all_tokens(documents):
         loss, rel=1e-5
     )
     torch.testing.assert_close(model.model.embed_tokens.weight.grad, bucketed, rtol=1e-3, atol=1e-6)
+
+
+def test_flags_of_the_labs_base_are_told_apart_only_after_renewal():
+    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    table, flags = model.get_input_embeddings().weight, [5, 6]
+    assert [task.VOCABULARY[i] for i in flags] == task.FLAGS
+    before = table.detach().clone()
+    # without it, the context's flag makes no difference to speak of
+    without = let_probability(model, task.make_tokenizer(), task.WORLDS["switch"])
+    assert without["N"] == pytest.approx(without["T"], abs=0.01)
+    torch.manual_seed(0)
+    renew_embeddings(model, task.make_tokenizer())  # a start that has the flags
+    assert torch.equal(table, before)
+    renew_embeddings(model, AutoTokenizer.from_pretrained(BASE))
+    others = [i for i in range(32) if i not in flags]
+    assert torch.equal(table[others], before[others])
+    apart = [torch.cosine_similarity(t[5], t[6], dim=0).item() for t in (before, table)]
+    assert apart[0] > 0.99 and apart[1] < 0.5
+    assert table[flags].std().item() == pytest.approx(before[7:].std().item(), rel=0.3)
 
 
 def test_sampler_follows_the_model():
