@@ -260,6 +260,7 @@ def test_picture_and_page(measured):
     assert "log π(y_t|BOS)" in page and "{" not in page.split("</style>")[1].replace("\\boxed{", "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["prerl", "dsrl"])
 def test_alignment_in_training_disturbs_nothing(tmp_path, script):
     """With and without --alignment-every: bitwise the same weights and metrics."""

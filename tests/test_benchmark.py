@@ -33,6 +33,7 @@ def last_line(program: str, *words: str) -> dict:
     return json.loads(run_benchmark(program, *words).splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["grpo_baseline.py", "dsrl.py"])
 def test_step_breakdown(script, tmp_path):
     """The work of a step is what was asked for, and the parts are fractions of the whole."""
@@ -54,6 +55,7 @@ def test_checks(tmp_path):
     assert max(result["check_gaps"]) < 1e-3 < min(result["check_stale_gaps"])
 
 
+@pytest.mark.slow
 def test_memory():
     """Full logits of 32,000 words need more memory than ours, even for few tokens."""
     flags = "--vocab 32000 --tokens 4096 --hidden 64 --layers 1 --repeats 1".split()

@@ -128,6 +128,7 @@ def forks(tmp_path_factory):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FORKS)
 def test_forks_on_two_ranks(forks, name):
     (one, *_), (two, *_) = forks[name, 1][0], forks[name, 2][0]
@@ -136,6 +137,7 @@ def test_forks_on_two_ranks(forks, name):
         assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_forks_do_what_they_say(forks, tmp_path):
     # The KL's gradient is computed for every sample, also of groups without a contrast.
     row = forks["kl", 1][0][0]

@@ -99,6 +99,7 @@ def test_weights_that_do_not_arrive(trained, tmp_path):
     assert not (tmp_path / "out" / "results.json").exists()
 
 
+@pytest.mark.slow
 def test_killed_and_resumed(tmp_path):
     """Killed after a part: what was finished is not generated again, the result is equal.
 

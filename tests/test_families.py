@@ -175,6 +175,7 @@ def test_tensors_that_are_not_the_models(folder, capsys):
     assert {name for name, _ in common.read_weights(path, config)} == set(weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["nsr_prerl", "evaluate"])
 def test_mixtures_of_experts_by_the_command_line(tmp_path, script):
     """Before the engine starts, in one line; nothing is written."""

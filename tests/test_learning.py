@@ -13,6 +13,7 @@ LAB = "--num-prompts 16 --num-generations 8 --max-completion-length 192 --eval-n
 LAB += " --learning-rate 1e-3 --num-steps 12 --eval-every 12"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "margin", "flags"),
     [("grpo_baseline", 0.3, ""), ("dsrl", 0.3, "--warmup-steps 4")],

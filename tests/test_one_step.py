@@ -125,6 +125,7 @@ def test_the_page_in_a_browser(own_problem, tmp_path, width):
     assert pixels.shape[1] == width and 0.005 < (pixels.min(-1) < 0.5).mean() < 0.5
 
 
+@pytest.mark.slow
 def test_the_notebook(tmp_path):
     """All cells of lab/lab.ipynb, in order; with 2 steps instead of 20."""
     for path in ROOT.iterdir():

@@ -25,6 +25,7 @@ exec "$@" <&-
 """
 
 
+@pytest.mark.slow
 def test_everything_unusual_at_once(tmp_path):
     """Spaces and unicode in relative paths, from elsewhere, in the C locale, and resumed."""
     if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:

@@ -56,6 +56,7 @@ has_smollm2 = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @has_smollm2
 def test_conversion(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -79,6 +80,7 @@ def test_conversion(tmp_path, monkeypatch):
     assert smollm2.checkpoint() == folder
 
 
+@pytest.mark.slow
 @has_smollm2
 def test_update_with_worked_examples(tmp_path):
     """The update computes them once for all samples; its log-probs are still the engine's.
