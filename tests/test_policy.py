@@ -255,7 +255,7 @@ def test_ranks_with_unequal_work(tiny_model_dir, tmp_path):
     one, two = (on_ranks(n, tiny_model_dir, tmp_path / f"{n}.pt", "skew") for n in (1, 2))
     assert all(gap > 1 for gap, _ in one + two)
     cosines = [cosine for _, cosine in one]
-    assert [cosine for _, cosine in two] == pytest.approx(cosines, nan_ok=True)
+    assert [cosine for _, cosine in two] == pytest.approx(cosines, abs=1e-5, nan_ok=True)
     assert sum(0 < abs(cosine) < 1 for cosine in cosines) == 10  # a single sample has none
     for i in (6, 8, 10, 12):  # lengths [5], [40], [2, 90] and [1, 1, 200]
         assert two[i][0] == pytest.approx(one[i][0])
