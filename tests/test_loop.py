@@ -196,6 +196,8 @@ def test_resumed(runs, tmp_path):
     """Stopped after step 2 and gone on with: lines, weights and the engine's seeds are the same."""
     flags = dict(save_every=1, eval_every=3)
     train("dsrl", tmp_path / "run", num_steps=2, **flags)
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:  # as a kill before the checkpoint
+        file.write('{"step": 3}\n{"step": ')
     engine = train("dsrl", tmp_path / "run", resume="auto", **flags)
     whole = [learned(row) for row in metrics(runs[0]["dsrl"])]
     resumed = [learned(row) for row in metrics(tmp_path / "run")]
