@@ -380,6 +380,8 @@ def test_resume_in_the_same_folder(runs, tmp_path):
     """Stopped after step 2 and gone on with: the metrics and weights of the uninterrupted run."""
     flags = [*SHARED, "--save-every", "1"]
     run("grpo_baseline", tmp_path, *flags, "--num-steps", "2")
+    with open(tmp_path / "metrics.jsonl", "a") as file:  # as a kill before the checkpoint leaves it
+        file.write('{"step": 3}\n{"step": ')
     run("grpo_baseline", tmp_path, *flags, "--num-steps", "3", "--resume", "auto")
     whole = [learned(row) for row in metrics(runs["grpo_baseline"])]
     kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
