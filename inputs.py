@@ -16,6 +16,7 @@ import torch.distributed as dist
 import data
 import grading
 import models
+import workarounds
 from harness import announce, fail, first_line, wait_for_all
 
 # -------------------------------------------------------------------------------------------- model
@@ -100,21 +101,13 @@ def fix_date(args) -> None:
 
 
 def load_tokenizer(path: str):
-    """The tokenizer that a folder's tokenizer.json defines.
+    """The tokenizer that a folder's tokenizer.json defines."""
+    from transformers import AutoTokenizer
 
-    Some folders name a tokenizer class that does not fit this file. transformers then uses the
-    class, and deepseek-math-7b, for one, loses all spaces of a prompt.
-    """
-    from tokenizers import Tokenizer
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    tokenizer, file = AutoTokenizer.from_pretrained(path), Path(path) / "tokenizer.json"
-    if file.is_file():
-        text = "Please reason step by step.\nIt is 1+1 = 2."
-        wanted = Tokenizer.from_file(str(file)).encode(text, add_special_tokens=False).ids
-        if tokenizer.encode(text, add_special_tokens=False) != wanted:
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
-            announce("the folder's tokenizer class does not fit tokenizer.json: the file is used")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if not workarounds.fits_file(tokenizer, path):
+        tokenizer = workarounds.tokenizer_of_file(path)
+        announce("the folder's tokenizer class does not fit tokenizer.json: the file is used")
     return tokenizer
 
 

@@ -182,7 +182,7 @@ def lacks(lm) -> str:
         return f"has {other}, which is no layer, embedding or head"
     if lm.lm_head.weight.shape != lm.model.embed_tokens.weight.shape:
         return "has a head and embeddings of different shapes"
-    if not lm._supports_sdpa:
+    if not workarounds.supports_sdpa(lm):
         return "has an attention that cannot be PyTorch's scaled_dot_product_attention"
     if head_form(lm) is None:
         return "computes logits in a way that the trainer does not know"
@@ -204,11 +204,10 @@ def head_form(lm) -> tuple[float, float] | None:
 
     # Granite 4, dense, asks for the fields of a mixture of experts too
     z = torch.cat([torch.tensor([2.0**-20, 2.0**100]), torch.linspace(-60, 60, 99)]).double()
-    probe = copy.copy(lm)
     body, head = nn.Identity(), nn.Linear(1, 1, bias=False, dtype=torch.float64)
     body.forward = lambda *_, **__: MoeModelOutputWithPast(last_hidden_state=z[None, :, None])
     head.weight.fill_(1.0)
-    probe._modules = {"model": body, "lm_head": head}  # of the copy: lm keeps its own
+    probe = workarounds.with_parts(lm, model=body, lm_head=head)
     try:
         logits = probe(input_ids=torch.zeros(1, len(z), dtype=torch.long)).logits.flatten().double()
     except Exception:

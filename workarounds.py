@@ -6,6 +6,7 @@ go"). Their order is that in which a run uses them.
 
 import atexit
 import contextlib
+import copy
 import importlib.util
 import os
 import re
@@ -71,6 +72,53 @@ def workers_import(module: str) -> None:
     multiprocessing has an option for this.
     """
     sys.modules["__main__"].__spec__ = sys.modules[module].__spec__
+
+
+# --------------------------------------------------------------------------- tokenizer and model
+
+
+def fits_file(tokenizer, path: str) -> bool:
+    """Does the tokenizer encode text as the folder's tokenizer.json, if there is one?
+
+    transformers 5.19. Some folders name a tokenizer class that does not fit this file. transformers
+    then uses the class, and deepseek-math-7b, for one, loses all spaces of a prompt. Can go, with
+    tokenizer_of_file(), when AutoTokenizer encodes such a folder's text as the file does:
+    test_a_folder_that_names_another_tokenizer passes without them.
+    """
+    file = Path(path) / "tokenizer.json"
+    if not file.is_file():
+        return True
+    from tokenizers import Tokenizer
+
+    text = "Please reason step by step.\nIt is 1+1 = 2."
+    wanted = Tokenizer.from_file(str(file)).encode(text, add_special_tokens=False).ids
+    return tokenizer.encode(text, add_special_tokens=False) == wanted
+
+
+def tokenizer_of_file(path: str):
+    """The tokenizer of a folder's tokenizer.json, whatever class the folder names."""
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast.from_pretrained(path)
+
+
+def supports_sdpa(lm) -> bool:
+    """Can the model's attention be PyTorch's scaled_dot_product_attention?
+
+    transformers 5.19 says so only in a private attribute of the class. Can go when it is public.
+    """
+    return lm._supports_sdpa
+
+
+def with_parts(lm, **parts):
+    """A shallow copy of a module with other submodules; `lm` keeps its own.
+
+    torch 2.13 has no public way: setting an attribute of a copy changes the original's submodules,
+    which it shares. Can go when copy.copy(module) has a dictionary of submodules of its own.
+    """
+    probe = copy.copy(lm)
+    probe._modules = parts
+    return probe
 
 
 # --------------------------------------------------------------------------------------- the engine
