@@ -94,7 +94,6 @@ class Optimizer(NamedTuple):
     rate: float
     steps: int = 30
     flags: str = ""
-    cost: float = 1  # of a step, as multiples of the usual one
     idle: int = 0  # steps at the start that only warm the optimiser's moments
 
 
@@ -121,7 +120,7 @@ OPTIMIZERS = {
     "epsilon-1e-3-fast": adamw(2e-3, 1e-3),
     # moments of ten steps' gradients before the first step: no sign-like beginning
     "adamw-warm": Optimizer(None, 3e-4, steps=40, idle=10),
-    "adamw-batch-512": Optimizer(None, 3e-4, steps=20, flags="--num-prompts 64", cost=4),
+    "adamw-batch-512": Optimizer(None, 3e-4, steps=20, flags="--num-prompts 64"),
 }
 
 
@@ -248,8 +247,6 @@ BASES = {
     2: "--rich-share 0",
 }
 DOSE = "--rich-share 0 --steps 300 --learning-rate 1e-3"
-# On one core of its own; GUESSED, before the study has run: correct them by what a run took
-SECONDS = {"start": 45, "step": 0.9, "evaluation": 2.5, "pretraining step": 0.5, "gradients": 150}
 
 
 def chosen(args: Args) -> list[Run]:
@@ -296,12 +293,13 @@ def command(args: Args, run: Run) -> list[str]:
     return [*line, "--seed", str(run.seed), "--output-dir", str(run_folder(args, run))]
 
 
-def seconds(args: Args, run: Run) -> float:
-    """How long a run may take on one core."""
-    how = OPTIMIZERS[run.optimizer]
-    steps = args.steps or how.steps
-    each = SECONDS["step"] * how.cost
-    return SECONDS["start"] + each * steps + SECONDS["evaluation"] * (1 + -(-steps // 5))
+def time_left(args: Args, runs: list[Run], left: list[Run]) -> str:
+    """How long the runs that are left may take, by those that have finished."""
+    files = [run_folder(args, run) / "done" for run in runs if run not in left]
+    if not files:
+        return "an estimate needs a finished run"
+    each = sum(float(file.read_text().split()[0]) for file in files) / len(files)
+    return f"about {each * len(left) / args.jobs / 3600:.1f} hours, and the bases"
 
 
 def bases_of(runs: list[Run]) -> list[tuple[str, int]]:
@@ -358,18 +356,10 @@ def main(args: Args) -> None:
     left = [run for run in runs if not (run_folder(args, run) / "done").exists()]
     bases = bases_of(runs)
     if args.list:
-        total = sum(seconds(args, run) for run in left)
         for run in runs:
-            done = "" if run in left else "  done"
-            print(f"{'/'.join(map(str, run)):60} {seconds(args, run):4.0f} s{done}")
-        for world, base in bases:
-            if not (base_folder(args, world, base) / "model" / "tokenizer.json").exists():
-                long = (world, base) == ("switch", 2)
-                total += SECONDS["pretraining step"] * (args.base_steps or (2000 if long else 300))
-            if not (base_folder(args, world, base) / "gradients" / "alignment.json").exists():
-                total += SECONDS["gradients"]
-        hours = total / 3600 / args.jobs
-        print(f"{len(runs)} runs, {len(left)} of them left, {len(bases)} bases: {hours:.1f} hours")
+            print(f"{'/'.join(map(str, run))}{'' if run in left else '  done'}")
+        took = time_left(args, runs, left)
+        print(f"{len(runs)} runs, {len(left)} of them left, {len(bases)} bases: {took}")
         return None
     threads = max(1, len(os.sched_getaffinity(0)) // args.jobs)
     for method, optimizer in {(run.method, run.optimizer) for run in runs}:

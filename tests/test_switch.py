@@ -205,3 +205,13 @@ def test_one_run_of_one_step(tmp_path, monkeypatch):
     switch.main(args)
     assert (folder / "metrics.jsonl").stat().st_mtime_ns == before
     (switch.ROOT / switch.script_name(run.method, run.optimizer)).unlink()
+
+
+def test_time_left(tmp_path):
+    """By the runs that have finished, two at a time; no guess before the first."""
+    args, runs = switch.Args(folder=tmp_path), switch.all_runs()[:4]
+    assert "needs a finished run" in switch.time_left(args, runs, runs)
+    folder = switch.run_folder(args, runs[0])
+    folder.mkdir(parents=True)
+    (folder / "done").write_text("7200 seconds\n")
+    assert switch.time_left(args, runs, runs[1:]).startswith("about 3.0 hours")
