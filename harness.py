@@ -227,10 +227,12 @@ def launch(main, args) -> None:
             os._exit(128 + signal.SIGINT)
         except BaseException:
             # At once: an orderly end would wait for ranks that wait for this one in a collective.
-            sys.excepthook(*sys.exc_info())
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(1)
+            try:
+                sys.excepthook(*sys.exc_info())
+                sys.stdout.flush()
+                sys.stderr.flush()
+            finally:
+                os._exit(1)
         workarounds.leave(code)
     if not torch.cuda.is_available() and args.preset == "paper" and not Path(args.model).is_dir():
         fail(
@@ -460,8 +462,8 @@ def quiet(folder: Path):
     os.dup2(log.fileno(), 2)
 
     def on_error(kind, error, trace):
-        traceback.print_exception(kind, error, trace)
         print(f"rank {rank} failed: {error} (details in {log.name})", file=console)
+        traceback.print_exception(kind, error, trace)  # fails on a full disk
 
     sys.excepthook = on_error
     return functools.partial(print, file=console) if rank == 0 else lambda *words: None

@@ -31,6 +31,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from docs.generate import fork
 from lab import task
+from tests import warm
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "study" / "results"
@@ -197,8 +198,10 @@ def write_problems(path: Path, problems: list[dict]) -> None:
 
 
 def do(command: list[str], threads: int, log: Path) -> int:
+    """Run a Python program in a fork of warm.py's; main() has started that server."""
     env = os.environ | {"OMP_NUM_THREADS": str(threads)}
     with open(log, "w") as file:
+        command = [*warm.python(), *command[1:]]
         return subprocess.run(command, cwd=ROOT, env=env, stdout=file, stderr=file).returncode
 
 
@@ -452,4 +455,5 @@ def read_csv(name: str) -> list[dict]:
 
 if __name__ == "__main__":
     args = tyro.cli(Args)
+    warm.python()
     run(args) if args.action == "run" else run_worlds(args)

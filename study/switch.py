@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lab import task
 from study import experiments
 from study.experiments import ROOT, do, train, update_csv, write_problems
+from tests import warm
 
 # ----------------------------------------------------------------------------------- the forks
 # A patch is (lines of a script, the lines in their place, how often the script has them).
@@ -92,14 +93,15 @@ MAIN = ["grpo", "nsr-prerl", "dsrl-5", "random-prerl", "random-5-then-grpo"]
 class Optimizer(NamedTuple):
     make: str | None  # in place of common.make_optimizer(policy, args); None leaves it
     rate: float
-    steps: int = 30
+    steps: int = 20
     flags: str = ""
     idle: int = 0  # steps at the start that only warm the optimiser's moments
 
 
 def length(rate: float, signs: bool = False) -> Optimizer:
-    more = ", signs=True" if signs else ""
-    return Optimizer(f"steps.FixedLength(policy.parameters(), args.learning_rate{more})", rate)
+    more, steps = ", signs=True" if signs else "", 20 if rate > 0.01 else 40
+    make = f"steps.FixedLength(policy.parameters(), args.learning_rate{more})"
+    return Optimizer(make, rate, steps)
 
 
 def adamw(rate: float, epsilon: float) -> Optimizer:
@@ -119,7 +121,7 @@ OPTIMIZERS = {
     "epsilon-1e-3": adamw(6e-4, 1e-3),
     "epsilon-1e-3-fast": adamw(2e-3, 1e-3),
     # moments of ten steps' gradients before the first step: no sign-like beginning
-    "adamw-warm": Optimizer(None, 3e-4, steps=40, idle=10),
+    "adamw-warm": Optimizer(None, 3e-4, steps=30, idle=10),
     "adamw-batch-512": Optimizer(None, 3e-4, steps=20, flags="--num-prompts 64"),
 }
 
@@ -182,7 +184,7 @@ PAIRS = [
     (2, 3),
 ]  # of base and seed, the balanced ones first
 REST = [name for name in METHODS if name not in MAIN]
-LENGTHS = ["length-0.1", "length-0.06", "length-0.01"]
+LENGTHS = ["length-0.01", "length-0.06", "length-0.1"]
 RATES = ["adamw-3e-4", "adamw-1e-4", "adamw-1e-3"]
 OTHERS = ["signs-0.03", "epsilon-1e-3", "epsilon-1e-3-fast", "epsilon-1e-4"]
 OTHERS += ["adamw-warm", "adamw-batch-512"]
@@ -361,6 +363,7 @@ def main(args: Args) -> None:
         took = time_left(args, runs, left)
         print(f"{len(runs)} runs, {len(left)} of them left, {len(bases)} bases: {took}")
         return None
+    warm.python()
     threads = max(1, len(os.sched_getaffinity(0)) // args.jobs)
     for method, optimizer in {(run.method, run.optimizer) for run in runs}:
         (ROOT / script_name(method, optimizer)).write_text(fork(method, optimizer))

@@ -114,7 +114,7 @@ def test_killed_and_resumed(tmp_path):
             start_new_session=True,
         )  # fmt: skip
         parts = tmp_path / "cut" / "parts"
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + 600
         while not list(parts.glob("*.parquet")):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)

@@ -189,7 +189,7 @@ def test_mixtures_of_experts_by_the_command_line(tmp_path, script):
         env=without_rank(),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         check=False,
     )
     assert done.returncode == 2 and not (tmp_path / "run").exists()

@@ -21,7 +21,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 def run(*flags: str, code: int = 0) -> str:
     done = subprocess.run(
         [*warm.python(), "one_step.py", *flags],
-        cwd=ROOT, text=True, capture_output=True, timeout=600, check=False,
+        cwd=ROOT, text=True, capture_output=True, timeout=900, check=False,
     )  # fmt: skip
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -105,7 +105,7 @@ def test_the_page_in_a_browser(own_problem, tmp_path, width):
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
     command += [f"--window-size={width},1200", f"--user-data-dir={tmp_path / 'profile'}"]
     shown = subprocess.run(
-        [*command, "--dump-dom", f"file://{file}"], text=True, capture_output=True, timeout=120
+        [*command, "--dump-dom", f"file://{file}"], text=True, capture_output=True, timeout=900
     ).stdout
     needed, available = map(int, re.search(r"<title>(\d+) of (\d+)<", shown).groups())
     assert needed <= available
@@ -117,7 +117,7 @@ def test_the_page_in_a_browser(own_problem, tmp_path, width):
     assert not re.search(r"(src|href)=", shown)  # nothing is fetched
     picture = tmp_path / "page.png"
     subprocess.run(
-        [*command, f"--screenshot={picture}", f"file://{file}"], capture_output=True, timeout=120
+        [*command, f"--screenshot={picture}", f"file://{file}"], capture_output=True, timeout=900
     )
     from matplotlib import image
 

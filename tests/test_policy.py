@@ -233,7 +233,7 @@ def on_ranks(world_size: int, *words) -> torch.Tensor:
     command = [*warm.python(), "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={world_size}", "tests/two_ranks.py", *map(str, words)]
     done = subprocess.run(
-        command, cwd=ROOT, env=env, text=True, capture_output=True, timeout=600, check=False
+        command, cwd=ROOT, env=env, text=True, capture_output=True, timeout=900, check=False
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return torch.load(words[1])

@@ -26,6 +26,7 @@ import dsrl
 import harness
 import inputs
 
+HANG = 300  # seconds. Nothing that works takes as long, on the busiest machine
 FLAGS = "--num-steps 6 --warmup-steps 3 --save-every 1 --eval-every 3".split()
 
 
@@ -62,8 +63,8 @@ def abandoned_memory() -> set[str]:
     return {name for name in os.listdir("/dev/shm") if f"/dev/shm/{name}" not in mapped}
 
 
-def wait_until(condition, seconds: float = 300) -> None:
-    deadline = time.monotonic() + seconds
+def wait_until(condition) -> None:
+    deadline = time.monotonic() + HANG
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -98,7 +99,7 @@ def test_killed_again_and_again(whole, tmp_path):
         time.sleep(rng.random() * 0.3)
         process.kill()  # the launcher alone: its ranks must not outlive it
         process.wait()
-        wait_until(lambda: not processes_of(folder), seconds=20)
+        wait_until(lambda: not processes_of(folder))
         tried += 1
     run("dsrl", folder, *FLAGS, "--resume", "auto")
     assert tried == 4
@@ -122,14 +123,21 @@ def small_disk(tmp_path):
 
 @pytest.mark.slow
 def test_disk_full_while_running(whole, small_disk):
-    """The run dies, its last whole checkpoint does not; with space again it goes on."""
-    folder = small_disk / "run"
+    """The run dies and says why, its last whole checkpoint stays; with space again it goes on."""
+    folder, console = small_disk / "run", small_disk.parent / "run.log"
+    folder.with_suffix(".log").symlink_to(console)
     process = start("dsrl", folder, *FLAGS)
     wait_until(lambda: process.poll() is not None or lines(folder) >= 4)
-    with open(small_disk / "junk", "wb", buffering=0) as junk, pytest.raises(OSError):
-        while True:
-            junk.write(bytes(4096))
-    assert process.wait(60) != 0
+
+    def ended_while_full() -> bool:
+        with open(small_disk / "junk", "ab", buffering=0) as junk, pytest.raises(OSError):
+            while True:  # a checkpoint that was removed has left room
+                junk.write(bytes(4096))
+        return process.poll() is not None
+
+    wait_until(ended_while_full)
+    assert process.wait() == 1
+    assert "rank 0 failed: " in (said := console.read_text()) and "No space left" in said
     assert 4 <= lines(folder) < 7
     (small_disk / "junk").unlink()
     run("dsrl", folder, *FLAGS, "--resume", "auto")
@@ -147,12 +155,12 @@ def test_signals_stop_after_the_step(whole, tmp_path, number):
     process = start("dsrl", folder, *FLAGS, *flags)
     wait_until(lambda: process.poll() is not None or lines(folder) >= 3)
     process.send_signal(number)
-    assert process.wait(60) == 128 + number
+    assert process.wait(HANG) == 128 + number
     steps = lines(folder) - 1
     assert 2 <= steps < 6
-    wait_until(lambda: not processes_of(folder), seconds=20)
+    wait_until(lambda: not processes_of(folder))
     left = abandoned_memory() - before  # runs of other tests may have some, until they end
-    wait_until(lambda: not left & abandoned_memory(), seconds=200)
+    wait_until(lambda: not left & abandoned_memory())
     output = folder.with_suffix(".log").read_text()
     assert f"stopped after step {steps}" in output and "Traceback" not in output
     assert [p.name for p in (folder / "checkpoints").iterdir()] == [f"step_{steps:06d}"]
@@ -167,8 +175,9 @@ def test_second_signal_stops_at_once(tmp_path):
     wait_until(lambda: process.poll() is not None or lines(folder) >= 1)
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(10) in (128 + signal.SIGTERM, 128 + signal.SIGINT)
-    wait_until(lambda: not processes_of(folder), seconds=20)
+    assert process.wait(HANG) in (128 + signal.SIGTERM, 128 + signal.SIGINT)
+    assert "stopped after step" not in folder.with_suffix(".log").read_text()
+    wait_until(lambda: not processes_of(folder))
 
 
 @pytest.mark.slow
@@ -206,7 +215,7 @@ def damaged(script: str, tmp_path: Path, old: str, new: str, *flags: str) -> str
     command += ["--num-steps", "4", "--eval-every", "0", "--output-dir", tmp_path / "run"]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        command, cwd=ROOT, env=env, text=True, capture_output=True, timeout=600, check=False
+        command, cwd=ROOT, env=env, text=True, capture_output=True, timeout=900, check=False
     )
     assert done.returncode not in (0, 2), done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -254,7 +263,10 @@ PLACES = {
 
 @pytest.mark.parametrize("place", PLACES)
 def test_one_rank_fails(tmp_path, place):
-    """The run ends within 20 seconds, with the failed rank's line, wherever the others are."""
+    """The run ends soon, with the failed rank's line, wherever the others are.
+
+    It takes seconds. Without care it is 30 minutes, a collective's limit, or for ever.
+    """
     clock = "        clock = harness.timer()\n"
     text = (
         (ROOT / "dsrl.py")
@@ -269,9 +281,9 @@ def test_one_rank_fails(tmp_path, place):
         process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log)
     read = (tmp_path / "log").read_text
     wait_until(lambda: process.poll() is not None or "rank 1 failed: injected" in read())
-    assert process.wait(20) == 1, read()
+    assert process.wait(HANG) == 1, read()
     assert "rank 1 failed: injected" in read()
-    wait_until(lambda: not processes_of(tmp_path / "run"), seconds=20)
+    wait_until(lambda: not processes_of(tmp_path / "run"))
 
 
 def test_few_samples_on_two_ranks(tmp_path):
@@ -613,8 +625,8 @@ def test_killed_before_the_first_step(tmp_path):
     process = start("dsrl", folder)
     wait_until(lambda: process.poll() is not None or (folder / "log_rank0.txt").exists())
     process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 128 + signal.SIGTERM
-    wait_until(lambda: not processes_of(folder), seconds=20)
+    assert process.wait(HANG) == 128 + signal.SIGTERM
+    wait_until(lambda: not processes_of(folder))
     assert "Warning" not in folder.with_suffix(".log").read_text()
 
 

@@ -140,7 +140,7 @@ def test_a_checkpoint_becomes_a_model(runs, tmp_path):
     checkpoint = folder / "checkpoints" / "step_000002"
     command = [*warm.python(), "export.py", "--checkpoint", str(checkpoint), "--output-dir"]
     done = subprocess.run(
-        [*command, str(tmp_path / "model")], cwd=ROOT, text=True, capture_output=True, timeout=300
+        [*command, str(tmp_path / "model")], cwd=ROOT, text=True, capture_output=True, timeout=900
     )
     assert done.returncode == 0, done.stderr
     dcp_to_torch_save(checkpoint, tmp_path / "all.pt")
@@ -152,7 +152,7 @@ def test_a_checkpoint_becomes_a_model(runs, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert torch.equal(model.model.norm.weight, exported["model.norm.weight"])
     again = subprocess.run(
-        [*command, str(tmp_path / "model")], cwd=ROOT, text=True, capture_output=True, timeout=300
+        [*command, str(tmp_path / "model")], cwd=ROOT, text=True, capture_output=True, timeout=900
     )
     assert again.returncode == 2 and "is not empty" in again.stderr
 

@@ -44,7 +44,7 @@ def test_everything_unusual_at_once(tmp_path):
             cwd=place / "here",
             env={**{name: os.environ[name] for name in ("PATH", "HOME")}, "LC_ALL": "C"},
             capture_output=True,
-            timeout=600,
+            timeout=900,
             check=False,
         )
         output = (done.stdout + done.stderr).decode()

@@ -74,7 +74,7 @@ def test_commands():
     # S counts from the first step that moves the weights
     assert flags("dsrl-5", "adamw-3e-4")["--warmup-steps"] == "5"
     warm = flags("dsrl-5", "adamw-warm")
-    assert (warm["--warmup-steps"], warm["--num-steps"]) == ("15", "40")
+    assert (warm["--warmup-steps"], warm["--num-steps"]) == ("15", "30")
 
 
 @pytest.mark.parametrize("signs", [False, True])

@@ -192,7 +192,7 @@ def test_rates():
     ],
 )
 def test_time_is_linear(text):
-    start = time.perf_counter()
+    start = time.process_time()
     found = thoughts.count(text * (1_000_000 // max(1, len(text))))
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
     assert all(n >= 0 for n in found.values())

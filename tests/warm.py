@@ -3,8 +3,9 @@
     warm.python() in place of [sys.executable], in a test whose subject is not start-up
 
 Imports are most of what a run of one small step takes. Here a server imports once and forks for
-every command, and a launcher forks its ranks. The command stays a process with arguments,
-environment, working folder and files of its own, and imports the project's modules anew.
+every command and every rank. A command stays a process with arguments, environment, working folder
+and files of its own, and imports the project's modules anew. A rank is never forked by its
+launcher, whose threads it would lack: to free the launcher's store would wait for one of them.
 What differs: variables that a library reads as it is imported (HF_HOME, OMP_WAIT_POLICY, glibc's)
 have no effect.
 """
@@ -35,7 +36,10 @@ FORWARDED = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 
 
 def python() -> list[str]:
-    """How a command begins that runs in a fork; starts this process's server if there is none."""
+    """How a command begins that runs in a fork; starts this process's server if there is none.
+
+    The first call is the main thread's: the server ends with the thread that started it.
+    """
     if ADDRESS not in os.environ:
         address = tempfile.mkdtemp() + "/socket"
         environment = {k: v for k, v in os.environ.items() if k != "RANK"}
@@ -51,11 +55,18 @@ def python() -> list[str]:
     return [sys.executable, "-S", "-E", __file__, os.environ[ADDRESS]]
 
 
+def die_with_parent() -> None:
+    """Let the kernel kill this process when the thread that started it has ended."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 # ------------------------------------------------------------------------------------------ client
 
 
 def client(address: str, words: list[str]) -> int:
     """Let the server run `python WORDS` with this process's files; returns its exit code."""
+    if "RANK" in os.environ:
+        die_with_parent()  # with its launcher; then the server kills the rank
     server = socket.socket(socket.AF_UNIX)
     server.connect(address)
     request = json.dumps([words, os.getcwd(), dict(os.environ)]).encode()
@@ -97,6 +108,7 @@ def warm_up() -> None:
 
 def serve(address: str) -> None:
     """Fork for every connection, hand signals on, and answer with the exit code."""
+    die_with_parent()
     warm_up()
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
@@ -120,7 +132,7 @@ def serve(address: str) -> None:
                     request += connection.recv(1 << 16)
                 commands[connection] = os.fork()
                 if not commands[connection]:
-                    be_the_command(*json.loads(request), files)
+                    be_the_command(address, *json.loads(request), files)
                 for file in files:
                     os.close(file)
                 selector.register(connection, selectors.EVENT_READ)
@@ -143,15 +155,19 @@ def serve(address: str) -> None:
                 connection.close()
 
 
-def be_the_command(words: list[str], folder: str, environment: dict, files: list[int]) -> None:
+def be_the_command(
+    address: str, words: list[str], folder: str, environment: dict, files: list[int]
+) -> None:
     """In the fork: run `python WORDS` in a folder and environment, with these files 0, 1, 2."""
     from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
+    die_with_parent()
     signal.set_wakeup_fd(-1)
     for i, file in enumerate(files):
         os.dup2(file, i)
     os.chdir(folder)
-    SubprocessHandler._popen = lambda self, words, environment: Rank(words[1:], environment)
+    start, here = SubprocessHandler._popen, [sys.executable, "-S", "-E", __file__, address]
+    SubprocessHandler._popen = lambda self, words, env: start(self, (*here, *words[1:]), env)
     run(words, environment)
 
 
@@ -173,7 +189,18 @@ def run(words: list[str], environment: dict) -> None:
     sys.path[0] = os.getcwd() if named else str(Path(words[0]).resolve().parent)
     sys.path[1:1] = filter(None, os.environ.get("PYTHONPATH", "").split(":"))
     sys.argv = words[1:] if named else words
-    code = 0
+    code = 1
+    try:
+        code = execute(words)
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
+
+
+def execute(words: list[str]) -> int:
+    """`python WORDS`, up to its exit code."""
     try:
         if words[0] == "-m":
             runpy.run_module(words[1], run_name="__main__", alter_sys=True)
@@ -182,18 +209,13 @@ def run(words: list[str], environment: dict) -> None:
         else:
             runpy.run_path(words[0], run_name="__main__")
     except SystemExit as error:
-        code = error.code
-        if isinstance(code, str):
-            print(code, file=sys.stderr)
-            code = 1
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
     except BaseException as error:
         traceback.print_exc()
-        code = 130 if isinstance(error, KeyboardInterrupt) else 1
-    with contextlib.suppress(Exception):
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(code or 0)
+        return 130 if isinstance(error, KeyboardInterrupt) else 1
+    return 0
 
 
 def show(words: list[str]) -> None:
@@ -201,33 +223,6 @@ def show(words: list[str]) -> None:
     start, end = map(int, Path("/proc/self/stat").read_text().rpartition(")")[2].split()[45:47])
     text = "\0".join(["python", *words]).encode()[: end - start - 1]
     ctypes.memmove(start, text.ljust(end - start, b"\0"), end - start)
-
-
-class Rank:
-    """A forked rank, with what torchrun asks of a subprocess.Popen."""
-
-    def __init__(self, words: list[str], environment: dict):
-        self.returncode = None
-        sys.stdout.flush()
-        sys.stderr.flush()
-        self.pid = os.fork()
-        if not self.pid:
-            os.setsid()
-            run(words, environment)
-
-    def poll(self):
-        if self.returncode is None:
-            ended, status = os.waitpid(self.pid, os.WNOHANG)
-            self.returncode = os.waitstatus_to_exitcode(status) if ended else None
-        return self.returncode
-
-    def wait(self, timeout=float("inf")):
-        deadline = time.monotonic() + timeout
-        while self.poll() is None:
-            if time.monotonic() > deadline:
-                raise subprocess.TimeoutExpired("rank", timeout)
-            time.sleep(0.01)
-        return self.returncode
 
 
 if __name__ == "__main__":
