@@ -1,7 +1,7 @@
 """The study of the world "switch" (lab/task.py): does a mode that prompts switch off come back?
 
     python study/switch.py --list              the runs in their order, and how long they may take
-    python study/switch.py                     restartable: finished runs are not repeated
+    python study/switch.py                     restartable: what the CSV files have is not repeated
     python study/switch.py --only grpo nsr-prerl --bases 1 --seeds 1
 
 It pre-trains the bases, measures their first gradients, and trains. What the runs measured comes to
@@ -200,14 +200,14 @@ def all_runs() -> list[Run]:
             found.extend(Run(world, base, m, o, seed) for o in optimizers for m in methods)
 
     first, second = PAIRS[:2]
-    for pair in (first, second):
-        add(MAIN, ["length-0.03"], pair)
-        add(MAIN, ["adamw-3e-4"], pair)
+    add(MAIN, ["length-0.03", "adamw-3e-4"], first)
     add(REST, ["length-0.03"], first)
-    add(MAIN, LENGTHS, first)
-    add(["grpo", "nsr-prerl", "dsrl-5"], OTHERS, first)
+    add(MAIN, ["length-0.01"], first)
+    add(MAIN, ["length-0.03", "adamw-3e-4"], second)
     add(MAIN[:4], ["length-0.03"], first, [world for world in WORLDS if world != "switch"])
-    add(MAIN, RATES[1:], first)
+    add(["grpo", "nsr-prerl", "dsrl-5"], OTHERS, first)
+    add(MAIN, ["length-0.01"], second)
+    add(MAIN, LENGTHS[1:] + RATES[1:], first)
     for pair in PAIRS[2:]:
         add(MAIN, ["length-0.03"], pair)
     add(REST, ["length-0.03"], second)
@@ -248,6 +248,9 @@ BASES = {
     1: "--start lab/base --rich-share 0 --steps 300 --learning-rate 1e-3",
     2: "--rich-share 0",
 }
+# Their models are kept, so that every machine's runs begin with the same; without this folder they
+# are made anew.
+KEPT_BASES = ROOT / "study" / "switch_bases"
 DOSE = "--rich-share 0 --steps 300 --learning-rate 1e-3"
 
 
@@ -295,9 +298,31 @@ def command(args: Args, run: Run) -> list[str]:
     return [*line, "--seed", str(run.seed), "--output-dir", str(run_folder(args, run))]
 
 
+def recorded(args: Args) -> set[Run]:
+    """The runs that switch.csv has, unless this is a trial."""
+    return {
+        Run(row["world"], int(row["base"]), row["method"], row["optimizer"], int(row["seed"]))
+        for row in rows_of("switch", args)
+    }
+
+
+def recorded_bases(args: Args) -> set[tuple[str, int]]:
+    """World and base of each base whose first gradients switch_bases.csv has."""
+    return {(row["world"], int(row["base"])) for row in rows_of("switch_bases", args)}
+
+
+def rows_of(name: str, args: Args) -> list[dict]:
+    trial = args.steps or args.base_steps
+    return (
+        experiments.read_csv(name)
+        if not trial and (experiments.RESULTS / f"{name}.csv").exists()
+        else []
+    )
+
+
 def time_left(args: Args, runs: list[Run], left: list[Run]) -> str:
-    """How long the runs that are left may take, by those that have finished."""
-    files = [run_folder(args, run) / "done" for run in runs if run not in left]
+    """How long the runs that are left may take, by those that have finished on this machine."""
+    files = [file for run in runs if (file := run_folder(args, run) / "done").exists()]
     if not files:
         return "an estimate needs a finished run"
     each = sum(float(file.read_text().split()[0]) for file in files) / len(files)
@@ -319,6 +344,9 @@ def make_base(args: Args, world: str, base: int, threads: int) -> None:
         path = args.folder / world / f"{name}.jsonl"
         if not path.exists():
             write_problems(path, task.problems(split, task.WORLDS[world]))
+    kept = KEPT_BASES / str(base)
+    if world == "switch" and kept.exists() and not args.base_steps:
+        shutil.copytree(kept, folder / "model", dirs_exist_ok=True)
     if not (folder / "model" / "tokenizer.json").exists():
         line = [sys.executable, "-u", "lab/pretrain.py", "--world", world, "--seed", str(base)]
         line += ["--checkpoint", str(folder / "model")]
@@ -328,7 +356,8 @@ def make_base(args: Args, world: str, base: int, threads: int) -> None:
         print(" ".join(line[1:]), flush=True)
         if do(line, threads, folder / "pretrain.log"):
             raise RuntimeError(f"pre-training failed: {folder / 'pretrain.log'}")
-    if not (folder / "gradients" / "alignment.json").exists():
+    measured = (world, base) in recorded_bases(args)
+    if not measured and not (folder / "gradients" / "alignment.json").exists():
         shutil.rmtree(folder / "gradients", ignore_errors=True)
         rows = []
         for p in task.problems("test", task.WORLDS[world]):
@@ -355,8 +384,9 @@ def main(args: Args) -> None:
     if (args.steps or args.base_steps) and args.folder == Args.folder:
         sys.exit("error: a trial needs a --folder of its own, or the study would take it for a run")
     runs = chosen(args)
-    left = [run for run in runs if not (run_folder(args, run) / "done").exists()]
-    bases = bases_of(runs)
+    known = recorded(args)
+    left = [r for r in runs if r not in known and not (run_folder(args, r) / "done").exists()]
+    bases = bases_of(left)
     if args.list:
         for run in runs:
             print(f"{'/'.join(map(str, run))}{'' if run in left else '  done'}")

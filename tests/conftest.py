@@ -8,10 +8,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest  # noqa: E402
 import torch
 import torch.distributed as dist
+import warm
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 CHARACTERS = "0123456789abcdefghijklmnopqrstuvwxyz +-*/=\\{}.?,:;"
+
+
+def pytest_configure(config):
+    """With workers (-n), all share one server of warm.py."""
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        warm.start_server()
 
 
 def save_tiny_model(folder, *, tied=False, context=512, kv_heads=2) -> str:

@@ -73,6 +73,9 @@ CLIP = "tests/test_scripts.py -k importance_weights"
 SIGNS = "tests/test_scripts.py -k left_out"
 RESUMED = "tests/test_scripts.py -k resume_in"
 TWO_RANKS = "tests/test_scripts.py -k 'two_processes and nsr_prerl'"
+EXPORT = "tests/test_scripts.py -k becomes_a_model"
+PARTS = "tests/test_evaluate.py -k test_parts"
+FULL = "tests/test_reliability.py -k disk_full_while"
 SAME_WEIGHTS = "tests/test_reliability.py -k train_on_nothing"
 
 # fmt: off
@@ -452,6 +455,26 @@ MUTANTS = [
            "range(done + 1,", "range(max(1, done),"),
     Mutant("resume: a step left out", RESUMED, "grpo_baseline.py",
            "range(done + 1,", "range(done + 1 + (done > 0),"),
+    Mutant("export: not in the run's dtype", EXPORT, "export.py", "w.to(dtype)", "w"),
+    Mutant("export: not --model's", EXPORT, "export.py",
+           'args.model or run["model"]', 'run["model"]'),
+    Mutant("evaluation's resume: a set's problems for another's", PARTS, "evaluate.py",
+           ' if row["dataset"] == dataset}', "}"),
+    Mutant("evaluation's resume: all once more", PARTS, "evaluate.py",
+           'problem["id"] not in done[0]', 'problem["id"] not in set()'),
+    Mutant("evaluation's resume: a part that was cut in writing", PARTS, "evaluate.py",
+           'temporary = part.with_suffix(".tmp")', "temporary = part"),
+    Mutant("evaluation: problem and sample swapped", PARTS, "evaluate.py",
+           'sample=s["index"] % k', 'sample=s["index"] // k'),
+    Mutant("evaluation: samples of the next problem", PARTS, "evaluate.py",
+           'problems[s["index"] // k]', 'problems[s["index"] % k]'),
+    Mutant("full disk: nothing is said", FULL, "harness.py",
+           """        print(f"rank {rank} failed: {error} (details in {log.name})", file=console)
+        traceback.print_exception(kind, error, trace)  # fails on a full disk
+""",
+           """        traceback.print_exception(kind, error, trace)
+        print(f"rank {rank} failed: {error} (details in {log.name})", file=console)
+"""),
     Mutant("resume: the oldest checkpoint", RESUMED, "harness.py",
            "found[-1] if found", "found[0] if found"),
     Mutant("resume: last line lost", RESUMED, "harness.py",

@@ -135,6 +135,35 @@ def test_killed_and_resumed(tmp_path):
     assert cut == pytest.approx(whole) and cut["problems"] == 13
 
 
+def test_parts(one_rank, tmp_path, monkeypatch):
+    """Rows by problem and sample; what is left, of each set; none that was cut in writing."""
+    problems = [{"id": i, "prompt_ids": [i], "answer": str(i)} for i in (3, 7)]
+    samples = [
+        {"index": i, "text": f"text {i}", "reward": 0.0, "length": 4, "truncated": False}
+        for i in (2, 0, 3, 1)
+    ]
+    tokenizer = types.SimpleNamespace(decode=lambda ids: f"prompt {ids[0]}")
+    program.save_part(tmp_path / "a.parquet", "a", problems, samples, 2, tokenizer)
+    rows = pyarrow.parquet.read_table(tmp_path / "a.parquet").to_pylist()
+    keys = ("dataset", "problem", "sample", "prompt", "answer", "response")
+    assert sorted(tuple(row[key] for key in keys) for row in rows) == [
+        ("a", 3, 0, "prompt 3", "3", "text 0"), ("a", 3, 1, "prompt 3", "3", "text 1"),
+        ("a", 7, 0, "prompt 7", "7", "text 2"), ("a", 7, 1, "prompt 7", "7", "text 3"),
+    ]  # fmt: skip
+    more = [*problems, {"id": 8}]
+    assert program.unfinished(tmp_path, "a", more) == [{"id": 8}]
+    assert program.unfinished(tmp_path, "b", more) == more
+
+    def full(table, path):
+        path.write_bytes(b"PAR1")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(pyarrow.parquet, "write_table", full)
+    with pytest.raises(OSError):
+        program.save_part(tmp_path / "b.parquet", "b", problems, samples, 2, tokenizer)
+    assert program.unfinished(tmp_path, "b", more) == more
+
+
 def test_repeated_problems_count_once(tmp_path):
     data = tmp_path / "twice.jsonl"
     rows = [{"problem": f"Q {v}#3 A", "answer": "01"} for v in (12, 34, 12, 34, 56)]

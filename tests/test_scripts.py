@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -155,6 +156,22 @@ def test_a_checkpoint_becomes_a_model(runs, tmp_path):
         [*command, str(tmp_path / "model")], cwd=ROOT, text=True, capture_output=True, timeout=900
     )
     assert again.returncode == 2 and "is not empty" in again.stderr
+    # of a run in bfloat16, whose --model is no longer there
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    run_args = json.loads((copy / "args.json").read_text()) | {"dtype": "bfloat16", "model": "gone"}
+    (copy / "args.json").write_text(json.dumps(run_args))
+    words = [
+        "export.py",
+        "--checkpoint",
+        str(copy),
+        "--output-dir",
+        str(tmp_path / "half" / "model"),
+    ]
+    subprocess.run(
+        [*warm.python(), *words, "--model", str(ROOT / "lab" / "base")], cwd=ROOT, check=True
+    )
+    half = weights(tmp_path / "half")
+    assert all(torch.equal(half[name], w.bfloat16()) for name, w in exported.items())
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

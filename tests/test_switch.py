@@ -4,6 +4,7 @@ import ast
 import csv
 import difflib
 import json
+import shutil
 import sys
 
 import pytest
@@ -215,3 +216,16 @@ def test_time_left(tmp_path):
     folder.mkdir(parents=True)
     (folder / "done").write_text("7200 seconds\n")
     assert switch.time_left(args, runs, runs[1:]).startswith("about 3.0 hours")
+
+
+def test_a_run_in_the_csv_file_is_not_repeated(tmp_path, monkeypatch):
+    """On another machine, without its folder. A trial repeats it."""
+    monkeypatch.setattr(experiments, "RESULTS", tmp_path)
+    args = switch.Args(folder=tmp_path / "runs")
+    run = switch.all_runs()[0]
+    write_run(switch.run_folder(args, run), 0.01, 20)
+    switch.collect(args)
+    shutil.rmtree(args.folder)
+    assert switch.recorded(args) == {run}
+    args.steps = 1
+    assert switch.recorded(args) == set()

@@ -36,23 +36,26 @@ FORWARDED = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 
 
 def python() -> list[str]:
-    """How a command begins that runs in a fork; starts this process's server if there is none.
+    """How a command begins that runs in a fork; starts the server if there is none.
 
     The first call is the main thread's: the server ends with the thread that started it.
     """
     if ADDRESS not in os.environ:
-        address = tempfile.mkdtemp() + "/socket"
-        environment = {k: v for k, v in os.environ.items() if k != "RANK"}
-        environment |= {"OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
-        server = subprocess.Popen(
-            [sys.executable, __file__, "serve", address, ROOM], env=environment
-        )
-        atexit.register(server.kill)
-        while not os.path.exists(address):
-            assert server.poll() is None, "the server of warm.py has failed"
-            time.sleep(0.05)
-        os.environ[ADDRESS] = address
+        start_server()
+    deadline = time.monotonic() + 300
+    while not os.path.exists(os.environ[ADDRESS]):
+        assert time.monotonic() < deadline, "the server of warm.py has failed"
+        time.sleep(0.05)
     return [sys.executable, "-S", "-E", __file__, os.environ[ADDRESS]]
+
+
+def start_server() -> None:
+    """Start a server for this process and its children, which imports while they go on."""
+    os.environ[ADDRESS] = tempfile.mkdtemp() + "/socket"
+    environment = {k: v for k, v in os.environ.items() if k != "RANK"}
+    environment |= {"OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+    command = [sys.executable, __file__, "serve", os.environ[ADDRESS], ROOM]
+    atexit.register(subprocess.Popen(command, env=environment).kill)
 
 
 def die_with_parent() -> None:
