@@ -388,6 +388,26 @@ def switch_table(runs: dict) -> str:
     return markdown(header, lines) if lines else NOT_RUN
 
 
+SWITCH_FEW = ["grpo", "nsr-prerl", "random-prerl", "random-rl", "dsrl-3", "dsrl-5"]
+SWITCH_FEW += ["random-5-then-grpo", "nsr-rl-5-then-grpo"]
+
+
+def switch_few_table(runs: dict) -> str:
+    """The study's argument, with steps of length 0.03: the values of each base and seed."""
+    header = ["steps of length 0.03", *(f"avg@8 at {step}" for step in (5, 10, 20))]
+    header += [f"p(careful \\| {given}) at 20" for given in ("x", "BOS")]
+    header += ["reflections × at 20"]
+    lines = []
+    for method in SWITCH_FEW:
+        seeds = runs.get(("switch", method, "length-0.03"), {}).values()
+        found = [each([at(r, "eval avg@8", step) for r in seeds]) for step in (5, 10, 20)]
+        found += [each([at(r, f"eval p(Let|{g})", 20) for r in seeds]) for g in ("N", "BOS")]
+        found.append(each([multiple(r, "eval reflection") for r in seeds], 1))
+        if seeds:
+            lines.append([SWITCH_NAMES[method], *found])
+    return markdown(header, lines) if lines else NOT_RUN
+
+
 def switch_rates_table(runs: dict) -> str:
     """Speed at each rate: mean avg@8 of the evaluations at steps 5 to 20, of each base and seed.
 
@@ -567,14 +587,14 @@ def draw_switch(runs: dict) -> None:
     panels = []
     for title, column, optimizer in (
         ("Steps of one length: accuracy", "eval avg@8", "length-0.03"),
-        ("the careful mode, by prompt", "eval p(Let|N)", "length-0.03"),
+        ("Its careful mode, given x", "eval p(Let|N)", "length-0.03"),
         ("AdamW: accuracy", "eval avg@8", "adamw-3e-4"),
-        ("the careful mode, by prompt", "eval p(Let|N)", "adamw-3e-4"),
+        ("Its careful mode, given x", "eval p(Let|N)", "adamw-3e-4"),
     ):
         own = {m: runs.get(("switch", m, optimizer), {}) for m in switch.MAIN}
         found = curves(own, switch.MAIN, column)
         if found:
-            unit = "fraction correct (avg@8)" if column.endswith("@8") else "p(Let | N, x)"
+            unit = "fraction correct (avg@8)" if column.endswith("@8") else "p(careful | x)"
             panels.append((title, unit, found, {"limits": (0, 1.04), "width": 0.5}))
     if panels:
         title = "The switch world: a careful mode that the prompt switches off"
@@ -592,11 +612,12 @@ def tables(runs: dict, finals: dict, worlds: dict, small: dict) -> dict[Path, di
     return {
         ROOT / "docs" / "study.md": {
             "methods": accuracy_table(runs, finals, (*SHOWN[:3], "dsrl-10"), few),
-            "thoughts": thoughts_table(runs),
+            "switch, few": switch_few_table(read_switch()),
         },
         ROOT / "study" / "tables.md": {
             "commands": commands_table(),
             "accuracy": accuracy_table(runs, finals),
+            "thoughts": thoughts_table(runs),
             "shape": shape_table(runs),
             "samples": samples_table(),
             "sweep": sweep_table(runs),
