@@ -388,8 +388,7 @@ def switch_table(runs: dict) -> str:
     return markdown(header, lines) if lines else NOT_RUN
 
 
-SWITCH_FEW = ["grpo", "nsr-prerl", "random-prerl", "random-rl", "dsrl-3", "dsrl-5"]
-SWITCH_FEW += ["random-5-then-grpo", "nsr-rl-5-then-grpo"]
+SWITCH_FEW = [*switch.MAIN, "random-rl"]
 
 
 def switch_few_table(runs: dict) -> str:
@@ -429,24 +428,23 @@ def switch_rates_table(runs: dict) -> str:
 
 
 def switch_doses_table(runs: dict) -> str:
-    """A row a world: what the first gradients foretell, and what steps of length .03 made of it.
+    """A row a world and base: what the first gradients foretell, and what steps of length .03 made.
 
     The forecast is d log-odds of "Let" given the prompt per unit of a step's length, by the first
-    update of NSR-PreRL and of GRPO, on base 1.
+    update of NSR-PreRL and of GRPO.
     """
     bases = {}
     if (RESULTS / "switch_bases.csv").exists():
         for row in read_csv("switch_bases"):
-            if row["base"] == "1":
-                bases.setdefault(row["world"], {})[row["update"]] = row
+            bases.setdefault((row["world"], row["base"]), {})[row["update"]] = row
     methods = switch.MAIN[:4]
-    header = ["world", "cosine of the log-odds' gradients", "forecast: GRPO", "NSR-PreRL"]
+    header = ["world", "base", "cosine of the log-odds' gradients", "forecast: GRPO", "NSR-PreRL"]
     header += ["signs: GRPO", "NSR-PreRL"]
     header += [f"{what} at 20: {SWITCH_NAMES[m]}" for what in ("avg@8", "`Let`") for m in methods]
     lines = []
-    for world in switch.WORLDS:
-        found = bases.get(world, {})
-        line = [f"`{world}`", found.get("base", {}).get("norm", "-")]
+    for world, base in [(world, base) for world in switch.WORLDS for base in ("1", "2")]:
+        found = bases.get((world, base), {})
+        line = [f"`{world}`", base, found.get("base", {}).get("norm", "-")]
         line += [
             found.get(update, {}).get(key, "-")
             for key in ("x", "x_signs")
@@ -454,9 +452,10 @@ def switch_doses_table(runs: dict) -> str:
         ]
         for column in ("eval avg@8", "eval Let"):
             for method in methods:
-                seeds = runs.get((world, method, "length-0.03"), {}).values()
+                pairs = runs.get((world, method, "length-0.03"), {}).items()
+                seeds = [rows for (own, _), rows in pairs if own == base]
                 line.append(each([at(rows, column, 20) for rows in seeds]) or "-")
-        if any(cell != "-" for cell in line[1:]):
+        if any(cell != "-" for cell in line[2:]):
             lines.append(line)
     return markdown(header, lines) if lines else NOT_RUN
 
@@ -583,19 +582,23 @@ def draw_pictures(runs: dict, worlds: dict, small: dict) -> None:
 
 
 def draw_switch(runs: dict) -> None:
-    """The world "switch": steps of one length, and AdamW; nothing before there are runs."""
+    """The world "switch", steps of one length, a row a base; nothing before there are runs."""
     panels = []
-    for title, column, optimizer in (
-        ("Steps of one length: accuracy", "eval avg@8", "length-0.03"),
-        ("Its careful mode, given x", "eval p(Let|N)", "length-0.03"),
-        ("AdamW: accuracy", "eval avg@8", "adamw-3e-4"),
-        ("Its careful mode, given x", "eval p(Let|N)", "adamw-3e-4"),
-    ):
-        own = {m: runs.get(("switch", m, optimizer), {}) for m in switch.MAIN}
-        found = curves(own, switch.MAIN, column)
-        if found:
-            unit = "fraction correct (avg@8)" if column.endswith("@8") else "p(careful | x)"
-            panels.append((title, unit, found, {"limits": (0, 1.04), "width": 0.5}))
+    for base in ("1", "2"):
+        own = {
+            method: {
+                pair: rows
+                for pair, rows in runs.get(("switch", method, "length-0.03"), {}).items()
+                if pair[0] == base
+            }
+            for method in switch.MAIN
+        }
+        for title, column, unit in (
+            (f"Base {base}: accuracy", "eval avg@8", "fraction correct (avg@8)"),
+            (f"Base {base}: the careful mode, given x", "eval p(Let|N)", "p(careful | x)"),
+        ):
+            if found := curves(own, switch.MAIN, column):
+                panels.append((title, unit, found, {"limits": (0, 1.04), "width": 0.5}))
     if panels:
         title = "The switch world: a careful mode that the prompt switches off"
         looks = pictures.LOOKS | {

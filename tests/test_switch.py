@@ -167,8 +167,9 @@ def test_results_of_an_unfinished_study(tmp_path, monkeypatch):
     assert [row["step"] for row in shifted] == [0, 0, 5, 10, 15, 20, 25, 30][-len(shifted) :]
     assert report.at(shifted, "eval avg@8", 20) == pytest.approx(0.5)
     assert "0.42, 0.42 | 0.55, 0.55" in report.switch_rates_table(runs)
-    doses = report.switch_doses_table(runs).splitlines()[2]
-    assert doses.startswith("| `switch` | 0.646 | 5.8 | 10.2 | 0.5 | 0.5 | 0.50 0.50 | 0.70 0.70 |")
+    doses = report.switch_doses_table(runs).splitlines()[2:]
+    assert doses[0].startswith("| `switch` | 1 | 0.646 | 5.8 | 10.2 | 0.5 | 0.5 | 0.50 | 0.70 |")
+    assert doses[1].startswith("| `switch` | 2 | - | - | - | - | - | 0.50 | 0.70 |")
     report.draw_switch(runs)
     assert (tmp_path / "switch.png").stat().st_size > 2e4
 
