@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch.distributed as dist
 import warm
 from test_scripts import AUTHORS, metrics, run
 
@@ -135,7 +136,15 @@ def test_killed_and_resumed(tmp_path):
     assert cut == pytest.approx(whole) and cut["problems"] == 13
 
 
-def test_parts(one_rank, tmp_path, monkeypatch):
+@pytest.fixture
+def group_of_one(tmp_path):
+    """Without RANK in the environment, which the commands of other tests would inherit."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_parts(group_of_one, tmp_path, monkeypatch):
     """Rows by problem and sample; what is left, of each set; none that was cut in writing."""
     problems = [{"id": i, "prompt_ids": [i], "answer": str(i)} for i in (3, 7)]
     samples = [
