@@ -198,7 +198,7 @@ def write_problems(path: Path, problems: list[dict]) -> None:
 
 
 def do(command: list[str], threads: int, log: Path) -> int:
-    """Run a Python program in a fork of warm.py's; main() has started that server."""
+    """Run a Python program in a fork of warm.py's server, which the main thread has started."""
     env = os.environ | {"OMP_NUM_THREADS": str(threads)}
     with open(log, "w") as file:
         command = [*warm.python(), *command[1:]]

@@ -427,6 +427,12 @@ def switch_rates_table(runs: dict) -> str:
     return markdown(header, lines) if lines else NOT_RUN
 
 
+def of_base(runs: dict, world: str, method: str, base: str) -> dict:
+    """{(base, seed): rows} of the runs from one base with steps of length .03."""
+    pairs = runs.get((world, method, "length-0.03"), {}).items()
+    return {pair: rows for pair, rows in pairs if pair[0] == base}
+
+
 def switch_doses_table(runs: dict) -> str:
     """A row a world and base: what the first gradients foretell, and what steps of length .03 made.
 
@@ -452,8 +458,7 @@ def switch_doses_table(runs: dict) -> str:
         ]
         for column in ("eval avg@8", "eval Let"):
             for method in methods:
-                pairs = runs.get((world, method, "length-0.03"), {}).items()
-                seeds = [rows for (own, _), rows in pairs if own == base]
+                seeds = of_base(runs, world, method, base).values()
                 line.append(each([at(rows, column, 20) for rows in seeds]) or "-")
         if any(cell != "-" for cell in line[2:]):
             lines.append(line)
@@ -585,14 +590,7 @@ def draw_switch(runs: dict) -> None:
     """The world "switch", steps of one length, a row a base; nothing before there are runs."""
     panels = []
     for base in ("1", "2"):
-        own = {
-            method: {
-                pair: rows
-                for pair, rows in runs.get(("switch", method, "length-0.03"), {}).items()
-                if pair[0] == base
-            }
-            for method in switch.MAIN
-        }
+        own = {m: of_base(runs, "switch", m, base) for m in switch.MAIN}
         for title, column, unit in (
             (f"Base {base}: accuracy", "eval avg@8", "fraction correct (avg@8)"),
             (f"Base {base}: the careful mode, given x", "eval p(Let|N)", "p(careful | x)"),

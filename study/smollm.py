@@ -20,6 +20,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from study import experiments
+from tests import warm
 
 FLAGS = (
     "--preset smollm --dtype bfloat16 --num-steps 40 --learning-rate 1e-5 "
@@ -62,6 +63,7 @@ class Args:
 
 def run(args: Args) -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
+    warm.python()
     threads = max(1, len(os.sched_getaffinity(0)) // args.jobs)
     with ThreadPoolExecutor(args.jobs) as pool:
         for seed in args.seeds:

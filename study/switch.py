@@ -312,12 +312,10 @@ def recorded_bases(args: Args) -> set[tuple[str, int]]:
 
 
 def rows_of(name: str, args: Args) -> list[dict]:
-    trial = args.steps or args.base_steps
-    return (
-        experiments.read_csv(name)
-        if not trial and (experiments.RESULTS / f"{name}.csv").exists()
-        else []
-    )
+    """The rows of NAME.csv, if there are some and this is no trial."""
+    if args.steps or args.base_steps or not (experiments.RESULTS / f"{name}.csv").exists():
+        return []
+    return experiments.read_csv(name)
 
 
 def time_left(args: Args, runs: list[Run], left: list[Run]) -> str:

@@ -4,6 +4,7 @@ import ast
 import csv
 import difflib
 import json
+import re
 import shutil
 import sys
 
@@ -131,6 +132,7 @@ def test_results_of_an_unfinished_study(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "PICTURES", tmp_path)
     assert report.read_switch() == {}
     assert report.switch_table({}) == report.switch_doses_table({}) == report.NOT_RUN
+    assert report.switch_few_table({}) == report.NOT_RUN
     report.draw_switch({})
     assert not list(tmp_path.iterdir())
 
@@ -162,6 +164,10 @@ def test_results_of_an_unfinished_study(tmp_path, monkeypatch):
     cells = dict(zip(lines[0].split(" | "), lines[2].split(" | ")))
     assert cells["base.seed"] == "1.1 2.2" and cells["avg@8 at 20"] == "0.50 0.50"
     assert cells["`Let` at 20"] == "0.20 0.20"
+    few = report.switch_few_table(runs).splitlines()[2:]
+    assert few[1].startswith(
+        "| NSR-PreRL | 0.40 0.40 | 0.50 0.50 | 0.70 0.70 | 0.03 0.03 | 0.50 0.50 |"
+    )
     # ten steps that only warmed the moments are not counted
     shifted = runs["switch", "grpo", "adamw-warm"]["1", "1"]
     assert [row["step"] for row in shifted] == [0, 0, 5, 10, 15, 20, 25, 30][-len(shifted) :]
@@ -230,3 +236,21 @@ def test_a_run_in_the_csv_file_is_not_repeated(tmp_path, monkeypatch):
     assert switch.recorded(args) == {run}
     args.steps = 1
     assert switch.recorded(args) == set()
+
+
+@pytest.mark.parametrize("base", [1, 2])
+def test_the_kept_bases_are_those_of_the_results(base):
+    """Their p(Let) is what lab/README.md says, and what the runs in switch.csv began with."""
+    folder = switch.KEPT_BASES / str(base)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    found = let_probability(model, tokenizer, task.WORLDS["switch"])
+    readme = (switch.ROOT / "lab" / "README.md").read_text()
+    stated = [ast.literal_eval(text) for text in re.findall(r"`p\(Let\) ({.*?})`", readme)]
+    assert found == pytest.approx(stated[base - 1], abs=2e-4)
+    rows = [r for r in experiments.read_csv("switch") if (r["base"], r["step"]) == (str(base), "0")]
+    rows = [row for row in rows if row["world"] == "switch"]
+    assert rows
+    for row in rows:
+        assert float(row["eval p(Let|N)"]) == pytest.approx(found["N"], abs=2e-4)
+        assert float(row["eval p(Let|BOS)"]) == pytest.approx(found["BOS"], abs=2e-4)
