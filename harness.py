@@ -446,6 +446,14 @@ def check_disk(folder: Path, path: str, args) -> None:
         )
 
 
+def full(folder: Path) -> bool:
+    """Is there no room on this folder's disk? Libraries say it in words of their own, or not."""
+    try:
+        return shutil.disk_usage(folder).free < 2**20
+    except OSError:
+        return False
+
+
 def quiet(folder: Path):
     """Redirect stdout and stderr, where libraries print, to log_rank*.txt.
 
@@ -462,7 +470,8 @@ def quiet(folder: Path):
     os.dup2(log.fileno(), 2)
 
     def on_error(kind, error, trace):
-        print(f"rank {rank} failed: {error} (details in {log.name})", file=console)
+        why = f"{folder} is on a full disk: make room, then --resume" if full(folder) else error
+        print(f"rank {rank} failed: {why} (details in {log.name})", file=console)
         traceback.print_exception(kind, error, trace)  # fails on a full disk
 
     sys.excepthook = on_error

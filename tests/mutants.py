@@ -469,12 +469,14 @@ MUTANTS = [
     Mutant("evaluation: samples of the next problem", PARTS, "evaluate.py",
            'problems[s["index"] // k]', 'problems[s["index"] % k]'),
     Mutant("full disk: nothing is said", FULL, "harness.py",
-           """        print(f"rank {rank} failed: {error} (details in {log.name})", file=console)
+           """        print(f"rank {rank} failed: {why} (details in {log.name})", file=console)
         traceback.print_exception(kind, error, trace)  # fails on a full disk
 """,
            """        traceback.print_exception(kind, error, trace)
-        print(f"rank {rank} failed: {error} (details in {log.name})", file=console)
+        print(f"rank {rank} failed: {why} (details in {log.name})", file=console)
 """),
+    Mutant("full disk: the library's words", FULL, "harness.py",
+           "if full(folder) else error", "if False else error"),
     Mutant("resume: the oldest checkpoint", RESUMED, "harness.py",
            "found[-1] if found", "found[0] if found"),
     Mutant("resume: last line lost", RESUMED, "harness.py",
