@@ -470,7 +470,7 @@ def quiet(folder: Path):
     os.dup2(log.fileno(), 2)
 
     def on_error(kind, error, trace):
-        why = f"{folder} is on a full disk: make room, then --resume" if full(folder) else error
+        why = f"{folder} is on a full disk: make room and start again" if full(folder) else error
         print(f"rank {rank} failed: {why} (details in {log.name})", file=console)
         traceback.print_exception(kind, error, trace)  # fails on a full disk
 
