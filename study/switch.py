@@ -205,7 +205,8 @@ def all_runs() -> list[Run]:
     add(MAIN, ["length-0.01"], first)
     add(MAIN, ["length-0.03", "adamw-3e-4"], second)
     add(MAIN[:4], ["length-0.03"], first, [world for world in WORLDS if world != "switch"])
-    add(["grpo", "nsr-prerl", "dsrl-5"], OTHERS, first)
+    for pair in (second, first):
+        add(["grpo", "nsr-prerl", "dsrl-5"], OTHERS, pair)
     add(MAIN, ["length-0.01"], second)
     add(MAIN, LENGTHS[1:] + RATES[1:], first)
     for pair in PAIRS[2:]:
@@ -213,7 +214,6 @@ def all_runs() -> list[Run]:
     add(REST, ["length-0.03"], second)
     for pair in PAIRS[1:3]:
         add(MAIN, [*LENGTHS, *RATES], pair)
-        add(["grpo", "nsr-prerl", "dsrl-5"], OTHERS[:2], pair)
     for pair in PAIRS[2:]:
         add(REST, ["length-0.03"], pair)
     return list(dict.fromkeys(found))
@@ -410,7 +410,8 @@ def main(args: Args) -> None:
             make_base(args, *pair, threads)
 
     with ThreadPoolExecutor(args.jobs) as pool:
-        work = [pool.submit(base_alone, pair) for pair in bases if pair[0] == "switch"]
+        # Bases first, two at a time: the runs of a world all wait for its base.
+        work = [pool.submit(base_alone, pair) for pair in bases]
         work += [pool.submit(one, run) for run in left]
         for future in work:
             future.result()
