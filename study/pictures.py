@@ -183,3 +183,24 @@ def draw_pass_against_avg(path: Path, worlds: dict) -> None:
         figure.suptitle(title, x=0.01, ha="left", weight="bold")
         figure.savefig(path, dpi=150)
         plt.close(figure)
+
+
+def draw_forecast(path: Path, title: str, found: dict[str, tuple[float, float]]) -> None:
+    """What the first gradients foretell against what training made: {world: (forecast, lead)}."""
+    with plt.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=(9, 4.8), layout="constrained")
+        axis.axhline(0, color="#666666", lw=1)
+        axis.axvline(1, color="#666666", lw=1)
+        for name, (x, y) in found.items():
+            axis.plot(x, y, "o", color=BLUE)
+            axis.annotate(name, (x, y), xytext=(6, 4), textcoords="offset points", fontsize=9.5)
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.margins(x=0.15, y=0.12)
+        axis.set_xlabel(
+            "first gradients: NSR-PreRL's gain in log-odds given x, as a multiple of GRPO's"
+        )
+        axis.set_ylabel("avg@8 at step 10:\nNSR-PreRL minus GRPO")
+        figure.suptitle(title, x=0.01, ha="left", weight="bold")
+        figure.savefig(path, dpi=150)
+        plt.close(figure)

@@ -388,49 +388,108 @@ def switch_table(runs: dict) -> str:
     return markdown(header, lines) if lines else NOT_RUN
 
 
-SWITCH_FEW = [*switch.MAIN, "random-rl"]
-
-
 def switch_few_table(runs: dict) -> str:
-    """The study's argument, with steps of length 0.03: the values of each base and seed."""
-    header = ["steps of length 0.03", *(f"avg@8 at {step}" for step in (5, 10, 20))]
-    header += [f"p(careful \\| {given}) at 20" for given in ("x", "BOS")]
-    header += ["reflections × at 20"]
+    """Every method with steps of length 0.03: a base's seeds together, its columns side by side."""
+    columns = {
+        "avg@8 at 10": lambda rows: at(rows, "eval avg@8", 10),
+        "avg@8 at 20": lambda rows: at(rows, "eval avg@8", 20),
+        "p(careful \\| x) at 20": lambda rows: at(rows, "eval p(Let|N)", 20),
+        "reflections ×": lambda rows: multiple(rows, "eval reflection"),
+    }
+    header = [""] + [f"base {base}: {name}" for base in ("1", "2") for name in columns]
     lines = []
-    for method in SWITCH_FEW:
-        seeds = runs.get(("switch", method, "length-0.03"), {}).values()
-        found = [each([at(r, "eval avg@8", step) for r in seeds]) for step in (5, 10, 20)]
-        found += [each([at(r, f"eval p(Let|{g})", 20) for r in seeds]) for g in ("N", "BOS")]
-        found.append(each([multiple(r, "eval reflection") for r in seeds], 1))
-        if seeds:
-            lines.append([SWITCH_NAMES[method], *found])
+    for method in switch.METHODS:
+        line = [SWITCH_NAMES[method]]
+        for base in ("1", "2"):
+            seeds = of_base(runs, "switch", method, base).values()
+            line += [
+                spread(map(read, seeds), 1 + (name[0] != "r")) for name, read in columns.items()
+            ]
+        if any(cell != "-" for cell in line[1:]):
+            lines.append(line)
     return markdown(header, lines) if lines else NOT_RUN
+
+
+def spread(values, digits: int = 2) -> str:
+    """The mean of the seeds, and their lowest and highest value.
+
+    >>> spread([0.5, 0.75, 1.0]), spread([0.5]), spread([None]), spread([])
+    ('0.75 (0.50-1.00)', '0.50', '-', '-')
+    """
+    values = [value for value in values if value is not None]
+    if not values:
+        return "-"
+    text = f"{mean(values):.{digits}f}"
+    if len(values) > 1:
+        text += f" ({min(values):.{digits}f}-{max(values):.{digits}f})"
+    return text
+
+
+def speed(rows: list[dict]) -> float | None:
+    """Mean avg@8 of the evaluations at steps 5 to 20."""
+    found = [value for step, value in points(rows, "eval avg@8") if 5 <= step <= 20]
+    return mean(found) if found else None
 
 
 def switch_rates_table(runs: dict) -> str:
-    """Speed at each rate: mean avg@8 of the evaluations at steps 5 to 20, of each base and seed.
-
-    A method's best rate is that of the highest mean here.
-    """
+    """Speed at each rate, of each base: its seeds together."""
+    header = ["optimiser"] + [f"base {b}: {SWITCH_NAMES[m]}" for b in "12" for m in switch.MAIN]
     lines = []
     for optimizer in switch.OPTIMIZERS:
         line = [optimizer]
-        for method in switch.MAIN:
-            speeds = []
-            for rows in runs.get(("switch", method, optimizer), {}).values():
-                steps = [v for step, v in points(rows, "eval avg@8") if 5 <= step <= 20]
-                speeds.append(mean(steps) if steps else None)
-            line.append(each(speeds, 2, ", ") or "-")
+        for base in "12":
+            for method in switch.MAIN:
+                seeds = of_base(runs, "switch", method, base, optimizer).values()
+                line.append(spread(map(speed, seeds)))
         if any(cell != "-" for cell in line[1:]):
             lines.append(line)
-    header = ["optimiser", *(SWITCH_NAMES[method] for method in switch.MAIN)]
     return markdown(header, lines) if lines else NOT_RUN
 
 
-def of_base(runs: dict, world: str, method: str, base: str) -> dict:
-    """{(base, seed): rows} of the runs from one base with steps of length .03."""
-    pairs = runs.get((world, method, "length-0.03"), {}).items()
+def switch_best_table(runs: dict) -> str:
+    """Each method at its best rate: that of the highest speed, by the seeds that all rates have."""
+    kinds = {"length": "steps of one length", "adamw": "AdamW"}
+    header = [""] + [f"base {b}: {kind}" for b in "12" for kind in kinds.values()]
+    lines = []
+    for method in switch.MAIN:
+        line = [SWITCH_NAMES[method]]
+        for base in "12":
+            for kind in kinds:
+                line.append(best(runs, method, base, kind))
+        if any(cell != "-" for cell in line[1:]):
+            lines.append(line)
+    return markdown(header, lines) if lines else NOT_RUN
+
+
+def best(runs: dict, method: str, base: str, kind: str) -> str:
+    """The rate of the highest speed and that speed; "-" unless all rates of the kind have runs."""
+    rates = [name for name in switch.OPTIMIZERS if name.startswith(kind) and name[-1].isdigit()]
+    rates = [name for name in rates if not name.startswith("adamw-batch")]
+    found = {rate: of_base(runs, "switch", method, base, rate) for rate in rates}
+    shared = set.intersection(*(set(seeds) for seeds in found.values()))
+    if not shared:
+        return "-"
+    speeds = {rate: [speed(found[rate][pair]) for pair in sorted(shared)] for rate in rates}
+    rate = max(speeds, key=lambda name: mean(speeds[name]))
+    return f"{spread(speeds[rate])} at {rate.removeprefix(f'{kind}-')}"
+
+
+def of_base(runs: dict, world: str, method: str, base: str, optimizer: str = "length-0.03") -> dict:
+    """{(base, seed): rows} of the runs from one base."""
+    pairs = runs.get((world, method, optimizer), {}).items()
     return {pair: rows for pair, rows in pairs if pair[0] == base}
+
+
+def read_forecasts() -> dict:
+    """{(world, base): {update: figures}} of switch_updates.csv, with the base's own as "base"."""
+    found = {}
+    for name in ("switch_bases", "switch_updates"):
+        if (RESULTS / f"{name}.csv").exists():
+            for row in read_csv(name):
+                base = found.setdefault((row.pop("world"), row.pop("base")), {})
+                update = row.pop("update", "base")
+                base[update] = {key: float(value) for key, value in row.items()}
+    return found
 
 
 def switch_doses_table(runs: dict) -> str:
@@ -439,27 +498,27 @@ def switch_doses_table(runs: dict) -> str:
     The forecast is d log-odds of "Let" given the prompt per unit of a step's length, by the first
     update of NSR-PreRL and of GRPO.
     """
-    bases = {}
-    if (RESULTS / "switch_bases.csv").exists():
-        for row in read_csv("switch_bases"):
-            bases.setdefault((row["world"], row["base"]), {})[row["update"]] = row
-    methods = switch.MAIN[:4]
-    header = ["world", "base", "cosine of the log-odds' gradients", "forecast: GRPO", "NSR-PreRL"]
-    header += ["signs: GRPO", "NSR-PreRL"]
+    forecasts, methods = read_forecasts(), switch.MAIN[:4]
+    header = ["world", "base", "log-odds given x", "cosine of the log-odds' gradients"]
+    header += ["⟨g₁, g₂⟩ < 0", "forecast: GRPO", "NSR-PreRL", "signs: GRPO", "NSR-PreRL"]
     header += [f"{what} at 20: {SWITCH_NAMES[m]}" for what in ("avg@8", "`Let`") for m in methods]
     lines = []
     for world, base in [(world, base) for world in switch.WORLDS for base in ("1", "2")]:
-        found = bases.get((world, base), {})
-        line = [f"`{world}`", base, found.get("base", {}).get("norm", "-")]
-        line += [
-            found.get(update, {}).get(key, "-")
-            for key in ("x", "x_signs")
-            for update in ("GRPO", "NSR-PreRL")
-        ]
+        found = forecasts.get((world, base))
+        line = [f"`{world}`", base, *["-"] * 7]
+        if found:
+            own = found["base"]
+            line[2:4] = [f"{own[key]:.2f}" for key in ("m(x)", "cosine of the two gradients")]
+            line[4] = f"{own['fraction negative']:.1%}"
+            line[5:] = [
+                f"{found[update][key]:.2f}"
+                for key in ("x", "x_signs")
+                for update in ("GRPO", "NSR-PreRL")
+            ]
         for column in ("eval avg@8", "eval Let"):
             for method in methods:
                 seeds = of_base(runs, world, method, base).values()
-                line.append(each([at(rows, column, 20) for rows in seeds]) or "-")
+                line.append(spread([at(rows, column, 20) for rows in seeds]))
         if any(cell != "-" for cell in line[2:]):
             lines.append(line)
     return markdown(header, lines) if lines else NOT_RUN
@@ -605,6 +664,24 @@ def draw_switch(runs: dict) -> None:
             "random-5-then-grpo": ("random negatives,\nthen GRPO", pictures.ORANGE, "--"),
         }
         pictures.draw(PICTURES / "switch.png", title, panels, columns=2, height=3.1, looks=looks)
+    if found := forecast_points(runs):
+        title = "The first gradients foretell where NSR-PreRL is ahead of GRPO"
+        pictures.draw_forecast(PICTURES / "forecast.png", title, found)
+
+
+def forecast_points(runs: dict) -> dict[str, tuple[float, float]]:
+    """{world, base: (NSR-PreRL's gain in log-odds over GRPO's, its lead in avg@8 at step 10)}."""
+    found = {}
+    for (world, base), updates in read_forecasts().items():
+        ahead = []
+        for method in ("nsr-prerl", "grpo"):
+            seeds = of_base(runs, world, method, base)
+            ahead.append({seed: at(rows, "eval avg@8", 10) for seed, rows in seeds.items()})
+        leads = [ahead[0][seed] - ahead[1][seed] for seed in ahead[0].keys() & ahead[1].keys()]
+        if leads:
+            gain = updates["NSR-PreRL"]["x"] / updates["GRPO"]["x"]
+            found[world + (", base 2" if base == "2" else "")] = gain, mean(leads)
+    return found
 
 
 def tables(runs: dict, finals: dict, worlds: dict, small: dict) -> dict[Path, dict[str, str]]:
@@ -614,6 +691,7 @@ def tables(runs: dict, finals: dict, worlds: dict, small: dict) -> dict[Path, di
         ROOT / "docs" / "study.md": {
             "methods": accuracy_table(runs, finals, (*SHOWN[:3], "dsrl-10"), few),
             "switch, few": switch_few_table(read_switch()),
+            "switch, best": switch_best_table(read_switch()),
         },
         ROOT / "study" / "tables.md": {
             "commands": commands_table(),

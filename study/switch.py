@@ -4,8 +4,9 @@
     python study/switch.py                     restartable: what the CSV files have is not repeated
     python study/switch.py --only grpo nsr-prerl --bases 1 --seeds 1
 
-It pre-trains the bases, measures their first gradients, and trains. What the runs measured comes to
-study/results/switch.csv and switch_bases.csv after each run, so that a stopped study can be read.
+It pre-trains the bases, measures their first gradients, and trains. After each run
+study/results/switch.csv, switch_bases.csv and switch_updates.csv get what there is, so that a
+stopped study can be read.
 
 A run is a method with an optimiser, in a world, from a base, with a seed. No flag of the scripts is
 needed: a run's script is one of the four with the replaced lines that METHODS and OPTIMIZERS state
@@ -452,27 +453,29 @@ def collect(args: Args) -> None:
         return
     runs = [(list(run), run_folder(args, run)) for run in all_runs()]
     experiments.collect("switch", list(Run._fields), runs, COLUMNS)
-    rows = []
+    updates, bases = [], []
     for world, base in bases_of(all_runs()):
         path = base_folder(args, world, base) / "gradients" / "alignment.json"
         if path.exists():
-            rows += [[world, base, *row] for row in first_updates(json.loads(path.read_text()))]
-    if rows:
-        update_csv("switch_bases", ["world", "base", "update", *UPDATE], rows, 3)
+            result = json.loads(path.read_text())
+            updates += [[world, base, *row] for row in first_updates(result)]
+            modes, samples = result["modes"], result["summary"]["all"]
+            found = [modes["log_odds_x"], modes["log_odds_bos"], modes["cosine"]]
+            found += [samples["fraction_negative"], samples["cosine_mean"]]
+            bases.append([world, base, *(round(value, 4) for value in found)])
+    if bases:
+        update_csv("switch_updates", ["world", "base", "update", *UPDATE], updates, 3)
+        update_csv("switch_bases", ["world", "base", *BASE], bases, 2)
 
 
 UPDATE = ["norm", "x", "bos", "x_signs", "bos_signs"]  # compare_modes() of grad_alignment.py
+BASE = ["m(x)", "m(BOS)", "cosine of the two gradients", "fraction negative", "mean cosine"]
 
 
 def first_updates(result: dict) -> list[list]:
-    """[method, its figures] of a base's first updates; before them the base's own log-odds.
-
-    The row "base" has the cosine of the two log-odds' gradients as norm, then m(x) and m(BOS).
-    """
-    found = result["modes"]
-    rows = [["base", *(found[key] for key in ("cosine", "log_odds_x", "log_odds_bos")), None, None]]
-    rows += [[name, *(moved[key] for key in UPDATE)] for name, moved in found["updates"].items()]
-    return [[v if v is None or isinstance(v, str) else round(v, 4) for v in row] for row in rows]
+    """[method, its figures] of a base's first updates."""
+    found = result["modes"]["updates"].items()
+    return [[name, *(round(moved[key], 4) for key in UPDATE)] for name, moved in found]
 
 
 if __name__ == "__main__":

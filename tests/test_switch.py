@@ -149,10 +149,12 @@ def test_results_of_an_unfinished_study(tmp_path, monkeypatch):
     (stopped / "done").unlink()
     moved = {"norm": 2.0, "x": 10.2, "bos": 14.9, "x_signs": 0.5, "bos_signs": 0.4}
     found = {"log_odds_x": -4.0, "log_odds_bos": 0.1, "cosine": 0.646}
+    summary = {"all": {"fraction_negative": 0.125, "cosine_mean": 0.5}}
     gradients = switch.base_folder(args, "switch", 1) / "gradients" / "alignment.json"
     gradients.parent.mkdir()
     updates = {"GRPO": moved | {"x": 5.8}, "NSR-PreRL": moved}
-    gradients.write_text(json.dumps({"modes": found | {"updates": updates}}))
+    written = {"modes": found | {"updates": updates}, "summary": summary}
+    gradients.write_text(json.dumps(written))
     switch.collect(args)
 
     with open(tmp_path / "switch.csv") as file:
@@ -165,19 +167,45 @@ def test_results_of_an_unfinished_study(tmp_path, monkeypatch):
     assert cells["base.seed"] == "1.1 2.2" and cells["avg@8 at 20"] == "0.50 0.50"
     assert cells["`Let` at 20"] == "0.20 0.20"
     few = report.switch_few_table(runs).splitlines()[2:]
-    assert few[1].startswith(
-        "| NSR-PreRL | 0.40 0.40 | 0.50 0.50 | 0.70 0.70 | 0.03 0.03 | 0.50 0.50 |"
-    )
+    assert few[1].startswith("| NSR-PreRL | 0.50 | 0.70 | 0.03 | 201.0 | 0.50 |"), few[1]
     # ten steps that only warmed the moments are not counted
     shifted = runs["switch", "grpo", "adamw-warm"]["1", "1"]
     assert [row["step"] for row in shifted] == [0, 0, 5, 10, 15, 20, 25, 30][-len(shifted) :]
     assert report.at(shifted, "eval avg@8", 20) == pytest.approx(0.5)
-    assert "0.42, 0.42 | 0.55, 0.55" in report.switch_rates_table(runs)
+    rates = report.switch_rates_table(runs).splitlines()[2:]
+    assert rates[0].startswith("| length-0.03 | 0.42 | 0.55 | - |"), rates
+    assert "at" not in report.switch_best_table(runs)  # one rate of a kind is no choice
     doses = report.switch_doses_table(runs).splitlines()[2:]
-    assert doses[0].startswith("| `switch` | 1 | 0.646 | 5.8 | 10.2 | 0.5 | 0.5 | 0.50 | 0.70 |")
-    assert doses[1].startswith("| `switch` | 2 | - | - | - | - | - | 0.50 | 0.70 |")
+    expected = "| `switch` | 1 | -4.00 | 0.65 | 12.5% | 5.80 | 10.20 | 0.50 | 0.50 | 0.50 | 0.70 |"
+    assert doses[0].startswith(expected), doses[0]
+    assert doses[1].startswith("| `switch` | 2 | - | - | - | - | - | - | - | 0.50 | 0.70 |")
+    # NSR-PreRL leads by 0.1 at step 10; its forecast is 10.2 / 5.8
+    assert report.forecast_points(runs) == {"switch": pytest.approx((10.2 / 5.8, 0.1))}
     report.draw_switch(runs)
     assert (tmp_path / "switch.png").stat().st_size > 2e4
+    assert (tmp_path / "forecast.png").stat().st_size > 1e4
+
+
+def test_the_best_rate():
+    """The highest mean of steps 5 to 20, over the seeds that all rates of the kind have."""
+
+    def rows(speed: float) -> list[dict]:
+        values = [{"step": step, "eval avg@8": speed * step} for step in (0, 5, 10, 15, 20)]
+        return [*values, {"step": 25, "eval avg@8": 1.0}]
+
+    assert report.speed(rows(0.02)) == pytest.approx(0.25) and report.speed([]) is None
+    speeds = {"length-0.01": 0.01, "length-0.03": 0.02, "length-0.06": 0.04, "length-0.1": 0.03}
+    runs = {("switch", "grpo", name): {("1", "1"): rows(v)} for name, v in speeds.items()}
+    assert report.best(runs, "grpo", "1", "length") == "0.50 at 0.06"
+    assert (
+        report.best(runs, "grpo", "2", "length") == report.best(runs, "grpo", "1", "adamw") == "-"
+    )
+    runs["switch", "grpo", "length-0.1"]["1", "3"] = rows(1.0)  # a seed that the others lack
+    assert report.best(runs, "grpo", "1", "length") == "0.50 at 0.06"
+    rates = "adamw-1e-4", "adamw-3e-4", "adamw-1e-3"
+    for name, value in zip(rates, (0.01, 0.02, 0.01)):
+        runs["switch", "grpo", name] = {("2", s): rows(value * int(s)) for s in "12"}
+    assert report.best(runs, "grpo", "2", "adamw") == "0.38 (0.25-0.50) at 3e-4"
 
 
 @pytest.mark.slow
