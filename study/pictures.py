@@ -185,22 +185,31 @@ def draw_pass_against_avg(path: Path, worlds: dict) -> None:
         plt.close(figure)
 
 
-def draw_forecast(path: Path, title: str, found: dict[str, tuple[float, float]]) -> None:
-    """What the first gradients foretell against what training made: {world: (forecast, lead)}."""
+def draw_forecast(path: Path, title: str, found: dict[str, tuple[float, float, float]]) -> None:
+    """Two panels over the forecast: {world: (forecast, gain at step 5, lead at step 10)}."""
     with plt.rc_context(STYLE):
-        figure, axis = plt.subplots(figsize=(9, 4.8), layout="constrained")
-        axis.axhline(0, color="#666666", lw=1)
-        axis.axvline(1, color="#666666", lw=1)
-        for name, (x, y) in found.items():
-            axis.plot(x, y, "o", color=BLUE)
-            axis.annotate(name, (x, y), xytext=(6, 4), textcoords="offset points", fontsize=9.5)
-        axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.margins(x=0.15, y=0.12)
-        axis.set_xlabel(
-            "first gradients: NSR-PreRL's gain in log-odds given x, as a multiple of GRPO's"
-        )
-        axis.set_ylabel("avg@8 at step 10:\nNSR-PreRL minus GRPO")
+        figure, axes = plt.subplots(1, 2, figsize=(10.5, 4.6), layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06)
+        titles = "NSR-PreRL's gain after 5 steps, GRPO's = 1", "DSRL's lead in avg@8 at step 10"
+        for which, (axis, name) in enumerate(zip(axes, titles), start=1):
+            axis.axhline(2 - which, color="#666666", lw=1)  # level with GRPO: 1 times, or 0 ahead
+            axis.axvline(1, color="#666666", lw=1)
+            places = sorted((values[0], values[which], world) for world, values in found.items())
+            for place, (x, y, world) in enumerate(places):
+                above = place % 2 == 0
+                axis.plot(x, y, "o", color=BLUE)
+                axis.annotate(
+                    world, (x, y), xytext=(-5 if above else 5, 5 if above else -5), fontsize=9,
+                    textcoords="offset points", ha="right" if above else "left",
+                    va="bottom" if above else "top",
+                )  # fmt: skip
+            axis.set_xscale("log", base=2)
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.margins(x=0.22, y=0.12)
+            axis.set_xlabel("NSR-PreRL's gain by the first gradients, GRPO's = 1")
+            axis.set_title(name, loc="left")
+        axes[0].set_yscale("log", base=2)
+        axes[0].yaxis.set_major_formatter("{x:g}")
         figure.suptitle(title, x=0.01, ha="left", weight="bold")
         figure.savefig(path, dpi=150)
         plt.close(figure)

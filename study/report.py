@@ -5,6 +5,7 @@
 It fills the marked tables in docs/study.md and study/tables.md, and draws docs/study/*.png.
 """
 
+import math
 import re
 import sys
 from pathlib import Path
@@ -665,23 +666,41 @@ def draw_switch(runs: dict) -> None:
         }
         pictures.draw(PICTURES / "switch.png", title, panels, columns=2, height=3.1, looks=looks)
     if found := forecast_points(runs):
-        title = "The first gradients foretell where NSR-PreRL is ahead of GRPO"
+        title = "The first gradients foretell where NSR-PreRL and DSRL are ahead of GRPO"
         pictures.draw_forecast(PICTURES / "forecast.png", title, found)
 
 
-def forecast_points(runs: dict) -> dict[str, tuple[float, float]]:
-    """{world, base: (NSR-PreRL's gain in log-odds over GRPO's, its lead in avg@8 at step 10)}."""
+def forecast_points(runs: dict) -> dict[str, tuple[float, float, float]]:
+    """{world, base: (forecast, NSR-PreRL's gain at step 5, DSRL's lead at step 10)}.
+
+    The gain is that of the log-odds of the careful mode given x, as a multiple of GRPO's; the
+    forecast is the same by the first gradients. The lead is avg@8 minus GRPO's.
+    """
     found = {}
     for (world, base), updates in read_forecasts().items():
-        ahead = []
-        for method in ("nsr-prerl", "grpo"):
-            seeds = of_base(runs, world, method, base)
-            ahead.append({seed: at(rows, "eval avg@8", 10) for seed, rows in seeds.items()})
-        leads = [ahead[0][seed] - ahead[1][seed] for seed in ahead[0].keys() & ahead[1].keys()]
-        if leads:
-            gain = updates["NSR-PreRL"]["x"] / updates["GRPO"]["x"]
-            found[world + (", base 2" if base == "2" else "")] = gain, mean(leads)
+        own = {m: of_base(runs, world, m, base).values() for m in ("grpo", "nsr-prerl", "dsrl-5")}
+        gains = [average(map(mode_gain, own[m])) for m in ("nsr-prerl", "grpo")]
+        ends = [average(at(rows, "eval avg@8", 10) for rows in own[m]) for m in ("dsrl-5", "grpo")]
+        if None not in gains + ends:
+            forecast = updates["NSR-PreRL"]["x"] / updates["GRPO"]["x"]
+            name = world + (", base 2" if base == "2" else "")
+            found[name] = forecast, gains[0] / gains[1], ends[0] - ends[1]
     return found
+
+
+def average(values) -> float | None:
+    """The mean of those that are there."""
+    values = [value for value in values if value is not None]
+    return mean(values) if values else None
+
+
+def mode_gain(rows: list[dict], step: int = 5) -> float | None:
+    """How much the log-odds of the careful mode given x have risen by a step."""
+    column = "eval p(Let|x)" if "eval p(Let|x)" in rows[0] else "eval p(Let|N)"
+    before, after = at(rows, column, 0), at(rows, column, step)
+    if before is None or after is None:
+        return None
+    return math.log(after / (1 - after)) - math.log(before / (1 - before))
 
 
 def tables(runs: dict, finals: dict, worlds: dict, small: dict) -> dict[Path, dict[str, str]]:

@@ -5,8 +5,8 @@
 The policy gets the plain prompt of lab/arithmetic.py, whose worked examples are short. The careless
 text of a row is its own greedy response to that; the careful one is its response to a prompt that
 asks for steps. grad_alignment.py --modes measures how the first update of each method moves the
-log-odds of the two. Results come to study/results/smollm_modes.csv, the texts to
-smollm_modes.jsonl.
+log-odds of the two. Results come to study/results/switch_bases.csv and switch_updates.csv, as world
+"SmolLM2", the texts to smollm_modes.jsonl. On one core it took an hour.
 """
 
 import json
@@ -70,8 +70,7 @@ def main(args: Args) -> None:
     if experiments.do([*line, str(args.folder)], threads, log := Path(f"{args.folder}.log")):
         sys.exit(f"error: the measurement failed: {log}")
     result = json.loads((args.folder / "alignment.json").read_text())
-    found = switch.first_updates(result)
-    experiments.update_csv("smollm_modes", ["update", *switch.UPDATE], found, 1)
+    switch.record_base("SmolLM2", 1, result)
 
 
 if __name__ == "__main__":

@@ -200,22 +200,24 @@ def all_runs() -> list[Run]:
         for world in worlds:
             found.extend(Run(world, base, m, o, seed) for o in optimizers for m in methods)
 
-    first, second = PAIRS[:2]
+    first, second, third = PAIRS[:3]
+    few, doses = ["grpo", "nsr-prerl", "dsrl-5"], [world for world in WORLDS if world != "switch"]
     add(MAIN, ["length-0.03", "adamw-3e-4"], first)
     add(REST, ["length-0.03"], first)
     add(MAIN, ["length-0.01"], first)
     add(MAIN, ["length-0.03", "adamw-3e-4"], second)
-    add(MAIN[:4], ["length-0.03"], first, [world for world in WORLDS if world != "switch"])
-    for pair in (second, first):
-        add(["grpo", "nsr-prerl", "dsrl-5"], OTHERS, pair)
-    add(MAIN, ["length-0.01"], second)
-    add(MAIN, LENGTHS[1:] + RATES[1:], first)
+    add(MAIN[:4], ["length-0.03"], first, doses)
+    add(few, OTHERS, second)
     for pair in PAIRS[2:]:
         add(MAIN, ["length-0.03"], pair)
     add(REST, ["length-0.03"], second)
-    for pair in PAIRS[1:3]:
-        add(MAIN, [*LENGTHS, *RATES], pair)
-    for pair in PAIRS[2:]:
+    add(MAIN, [*LENGTHS, *RATES], second)
+    add(MAIN, [*LENGTHS, *RATES], first)
+    add(few, ["length-0.03"], second, doses)
+    add(REST, ["length-0.03"], third)
+    add(MAIN, [*LENGTHS, *RATES], third)
+    add(few, OTHERS, first)
+    for pair in PAIRS[3:]:
         add(REST, ["length-0.03"], pair)
     return list(dict.fromkeys(found))
 
@@ -453,29 +455,28 @@ def collect(args: Args) -> None:
         return
     runs = [(list(run), run_folder(args, run)) for run in all_runs()]
     experiments.collect("switch", list(Run._fields), runs, COLUMNS)
-    updates, bases = [], []
     for world, base in bases_of(all_runs()):
         path = base_folder(args, world, base) / "gradients" / "alignment.json"
         if path.exists():
-            result = json.loads(path.read_text())
-            updates += [[world, base, *row] for row in first_updates(result)]
-            modes, samples = result["modes"], result["summary"]["all"]
-            found = [modes["log_odds_x"], modes["log_odds_bos"], modes["cosine"]]
-            found += [samples["fraction_negative"], samples["cosine_mean"]]
-            bases.append([world, base, *(round(value, 4) for value in found)])
-    if bases:
-        update_csv("switch_updates", ["world", "base", "update", *UPDATE], updates, 3)
-        update_csv("switch_bases", ["world", "base", *BASE], bases, 2)
+            record_base(world, base, json.loads(path.read_text()))
 
 
 UPDATE = ["norm", "x", "bos", "x_signs", "bos_signs"]  # compare_modes() of grad_alignment.py
 BASE = ["m(x)", "m(BOS)", "cosine of the two gradients", "fraction negative", "mean cosine"]
 
 
-def first_updates(result: dict) -> list[list]:
-    """[method, its figures] of a base's first updates."""
-    found = result["modes"]["updates"].items()
-    return [[name, *(round(moved[key], 4) for key in UPDATE)] for name, moved in found]
+def record_base(world: str, base: int, result: dict) -> None:
+    """A base's figures into switch_bases.csv, and its methods' into switch_updates.csv."""
+    modes, samples = result["modes"], result["summary"]["all"]
+    found = [modes["log_odds_x"], modes["log_odds_bos"], modes["cosine"]]
+    found += [samples["fraction_negative"], samples["cosine_mean"]]
+    found = [round(value, 4) for value in found]
+    update_csv("switch_bases", ["world", "base", *BASE], [[world, base, *found]], 2)
+    rows = [
+        [world, base, name, *(round(moved[key], 4) for key in UPDATE)]
+        for name, moved in modes["updates"].items()
+    ]
+    update_csv("switch_updates", ["world", "base", "update", *UPDATE], rows, 3)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import ast
 import csv
 import difflib
 import json
+import math
 import re
 import shutil
 import sys
@@ -118,7 +119,7 @@ def write_run(folder, speed: float, steps: int, idle: int = 0) -> None:
         done = max(0, step - idle)
         values = {"avg@8": 0.3 + speed * done, "pass@8": 0.9, "length": 50.0, "let": 0.01 * done}
         values |= {"thoughts/reflection": 0.1 + done, "thoughts/transition": 0.2, "restated": 1.0}
-        values |= {"p_N": 0.03, "p_T": 0.95, "p_BOS": 0.5, "truncated": 0.0}
+        values |= {"p_N": 0.03 + speed * done, "p_T": 0.95, "p_BOS": 0.5, "truncated": 0.0}
         row = {"step": step, **{f"eval/lab/{key}": value for key, value in values.items()}}
         lines.append(row if step == 0 else row | {"phase": "rl", "reward/mean": 0.5})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -137,14 +138,14 @@ def test_results_of_an_unfinished_study(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
     args = switch.Args(folder=tmp_path / "runs")
-    speeds = {"grpo": 0.01, "nsr-prerl": 0.02}
+    speeds = {"grpo": 0.01, "nsr-prerl": 0.02, "dsrl-5": 0.03}
     for method, speed in speeds.items():
-        for base, seed in ((1, 1), (2, 2)):
+        for base, seed in ((1, 1), (2, 2)) if method != "dsrl-5" else ((1, 1),):
             run = switch.Run("switch", base, method, "length-0.03", seed)
             write_run(switch.run_folder(args, run), speed, 30)
     warm = switch.Run("switch", 1, "grpo", "adamw-warm", 1)
     write_run(switch.run_folder(args, warm), 0.01, 40, idle=10)
-    stopped = switch.run_folder(args, switch.Run("switch", 1, "dsrl-5", "length-0.03", 1))
+    stopped = switch.run_folder(args, switch.Run("switch", 1, "random-prerl", "length-0.03", 1))
     write_run(stopped, 0.01, 10)
     (stopped / "done").unlink()
     moved = {"norm": 2.0, "x": 10.2, "bos": 14.9, "x_signs": 0.5, "bos_signs": 0.4}
@@ -159,28 +160,30 @@ def test_results_of_an_unfinished_study(tmp_path, monkeypatch):
 
     with open(tmp_path / "switch.csv") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 4 * 7 + 9 and {row["method"] for row in rows} == set(speeds)
+    assert len(rows) == 5 * 7 + 9 and {row["method"] for row in rows} == set(speeds)
     runs = report.read_switch()
     lines = report.switch_table(runs).splitlines()
-    assert len(lines) == 2 + 3
+    assert len(lines) == 2 + 4
     cells = dict(zip(lines[0].split(" | "), lines[2].split(" | ")))
     assert cells["base.seed"] == "1.1 2.2" and cells["avg@8 at 20"] == "0.50 0.50"
     assert cells["`Let` at 20"] == "0.20 0.20"
     few = report.switch_few_table(runs).splitlines()[2:]
-    assert few[1].startswith("| NSR-PreRL | 0.50 | 0.70 | 0.03 | 201.0 | 0.50 |"), few[1]
+    assert few[1].startswith("| NSR-PreRL | 0.50 | 0.70 | 0.43 | 201.0 | 0.50 |"), few[1]
     # ten steps that only warmed the moments are not counted
     shifted = runs["switch", "grpo", "adamw-warm"]["1", "1"]
     assert [row["step"] for row in shifted] == [0, 0, 5, 10, 15, 20, 25, 30][-len(shifted) :]
     assert report.at(shifted, "eval avg@8", 20) == pytest.approx(0.5)
     rates = report.switch_rates_table(runs).splitlines()[2:]
-    assert rates[0].startswith("| length-0.03 | 0.42 | 0.55 | - |"), rates
+    assert rates[0].startswith("| length-0.03 | 0.42 | 0.55 | 0.68 | - |"), rates
     assert "at" not in report.switch_best_table(runs)  # one rate of a kind is no choice
     doses = report.switch_doses_table(runs).splitlines()[2:]
     expected = "| `switch` | 1 | -4.00 | 0.65 | 12.5% | 5.80 | 10.20 | 0.50 | 0.50 | 0.50 | 0.70 |"
     assert doses[0].startswith(expected), doses[0]
     assert doses[1].startswith("| `switch` | 2 | - | - | - | - | - | - | - | 0.50 | 0.70 |")
-    # NSR-PreRL leads by 0.1 at step 10; its forecast is 10.2 / 5.8
-    assert report.forecast_points(runs) == {"switch": pytest.approx((10.2 / 5.8, 0.1))}
+    # at step 5 p(Let) is 0.08 and 0.13, from 0.03; DSRL's lead at step 10 is 0.2
+    rise = [math.log(p / (1 - p) * 0.97 / 0.03) for p in (0.13, 0.08)]
+    expected = 10.2 / 5.8, rise[0] / rise[1], 0.2
+    assert report.forecast_points(runs) == {"switch": pytest.approx(expected)}
     report.draw_switch(runs)
     assert (tmp_path / "switch.png").stat().st_size > 2e4
     assert (tmp_path / "forecast.png").stat().st_size > 1e4
