@@ -185,31 +185,56 @@ def draw_pass_against_avg(path: Path, worlds: dict) -> None:
         plt.close(figure)
 
 
-def draw_forecast(path: Path, title: str, found: dict[str, tuple[float, float, float]]) -> None:
-    """Two panels over the forecast: {world: (forecast, gain at step 5, lead at step 10)}."""
+def draw_forecast(path: Path, title: str, found: dict) -> None:
+    """Two panels over the forecast: {(name, base): (forecast, gain at step 5, lead at step 10)}."""
+    looks = {"1": ("base 1", BLUE, "o"), "2": ("base 2", RED, "D")}
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, 2, figsize=(10.5, 4.6), layout="constrained")
+        figure, axes = plt.subplots(1, 2, figsize=(10.5, 4.8), layout="constrained")
         figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06)
         titles = "NSR-PreRL's gain after 5 steps, GRPO's = 1", "DSRL's lead in avg@8 at step 10"
         for which, (axis, name) in enumerate(zip(axes, titles), start=1):
             axis.axhline(2 - which, color="#666666", lw=1)  # level with GRPO: 1 times, or 0 ahead
             axis.axvline(1, color="#666666", lw=1)
-            places = sorted((values[0], values[which], world) for world, values in found.items())
-            for place, (x, y, world) in enumerate(places):
-                above = place % 2 == 0
-                axis.plot(x, y, "o", color=BLUE)
-                axis.annotate(
-                    world, (x, y), xytext=(-5 if above else 5, 5 if above else -5), fontsize=9,
-                    textcoords="offset points", ha="right" if above else "left",
-                    va="bottom" if above else "top",
-                )  # fmt: skip
+            for base, (label, colour, marker) in looks.items():
+                points = [values for (_, b), values in found.items() if b == base]
+                if points:
+                    xs, ys = [p[0] for p in points], [p[which] for p in points]
+                    axis.plot(xs, ys, marker, color=colour, label=label)
             axis.set_xscale("log", base=2)
             axis.xaxis.set_major_formatter("{x:g}")
-            axis.margins(x=0.22, y=0.12)
+            axis.margins(x=0.18, y=0.1)
             axis.set_xlabel("NSR-PreRL's gain by the first gradients, GRPO's = 1")
             axis.set_title(name, loc="left")
         axes[0].set_yscale("log", base=2)
         axes[0].yaxis.set_major_formatter("{x:g}")
+        axes[1].legend(frameon=False, loc="lower right")
         figure.suptitle(title, x=0.01, ha="left", weight="bold")
+        figure.canvas.draw()  # the layout is fixed before the names are placed
+        for which, axis in enumerate(axes, start=1):
+            name_points(axis, [(n, v[0], v[which], looks[b][1]) for (n, b), v in found.items()])
         figure.savefig(path, dpi=150)
         plt.close(figure)
+
+
+def name_points(axis, points: list[tuple[str, float, float, str]]) -> None:
+    """Write each point's name beside it, (name, x, y, colour), where no other name or point is."""
+    places = [(dx, dy) for dy in (0, 9, -9, 16, -16) for dx in (7, -7)] + [(0, 12), (0, -12)]
+    at = axis.transData.transform([(x, y) for _, x, y, _ in points])
+    taken = []
+    for name, x, y, colour in points:
+        for dx, dy in places:
+            text = axis.annotate(
+                name, (x, y), xytext=(dx, dy), textcoords="offset points", fontsize=8.5,
+                ha="center" if dx == 0 else "left" if dx > 0 else "right", va="center",
+                color=DARK.get(colour, colour),
+            )  # fmt: skip
+            box = text.get_window_extent()
+            clear = not any(box.overlaps(other) for other in taken)
+            if clear and not any(box.contains(*place) for place in at):
+                break
+            text.remove()
+        else:  # beside its point all the same
+            text = axis.annotate(
+                name, (x, y), xytext=(7, 0), textcoords="offset points", fontsize=8.5
+            )
+        taken.append(text.get_window_extent())

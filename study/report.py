@@ -670,8 +670,20 @@ def draw_switch(runs: dict) -> None:
         pictures.draw_forecast(PICTURES / "forecast.png", title, found)
 
 
-def forecast_points(runs: dict) -> dict[str, tuple[float, float, float]]:
-    """{world, base: (forecast, NSR-PreRL's gain at step 5, DSRL's lead at step 10)}.
+SHORT = {  # the worlds in the picture: p(careful | x), or what else differs from 3%
+    "switch": "3%",
+    "switch-0.3": "0.3%",
+    "switch-1": "1%",
+    "switch-10": "10%",
+    "switch-alone-20": "alone 20%",
+    "switch-alone-80": "alone 80%",
+    "switch-short": "short",
+    "switch-no-flag": "no flag",
+}
+
+
+def forecast_points(runs: dict) -> dict[tuple[str, str], tuple[float, float, float]]:
+    """{(world, base): (forecast, NSR-PreRL's gain at step 5, DSRL's lead at step 10)}.
 
     The gain is that of the log-odds of the careful mode given x, as a multiple of GRPO's; the
     forecast is the same by the first gradients. The lead is avg@8 minus GRPO's.
@@ -683,8 +695,7 @@ def forecast_points(runs: dict) -> dict[str, tuple[float, float, float]]:
         ends = [average(at(rows, "eval avg@8", 10) for rows in own[m]) for m in ("dsrl-5", "grpo")]
         if None not in gains + ends:
             forecast = updates["NSR-PreRL"]["x"] / updates["GRPO"]["x"]
-            name = world + (", base 2" if base == "2" else "")
-            found[name] = forecast, gains[0] / gains[1], ends[0] - ends[1]
+            found[SHORT[world], base] = forecast, gains[0] / gains[1], ends[0] - ends[1]
     return found
 
 

@@ -183,7 +183,7 @@ def test_results_of_an_unfinished_study(tmp_path, monkeypatch):
     # at step 5 p(Let) is 0.08 and 0.13, from 0.03; DSRL's lead at step 10 is 0.2
     rise = [math.log(p / (1 - p) * 0.97 / 0.03) for p in (0.13, 0.08)]
     expected = 10.2 / 5.8, rise[0] / rise[1], 0.2
-    assert report.forecast_points(runs) == {"switch": pytest.approx(expected)}
+    assert report.forecast_points(runs) == {("3%", "1"): pytest.approx(expected)}
     report.draw_switch(runs)
     assert (tmp_path / "switch.png").stat().st_size > 2e4
     assert (tmp_path / "forecast.png").stat().st_size > 1e4
