@@ -389,23 +389,35 @@ def switch_table(runs: dict) -> str:
     return markdown(header, lines) if lines else NOT_RUN
 
 
+SWITCH_FEW = [*switch.MAIN, "psr-rl", "nsr-rl", "nsr-rl-5-then-grpo", "random-rl"]
+
+
 def switch_few_table(runs: dict) -> str:
-    """Every method with steps of length 0.03: a base's seeds together, its columns side by side."""
-    columns = {
-        "avg@8 at 10": lambda rows: at(rows, "eval avg@8", 10),
-        "avg@8 at 20": lambda rows: at(rows, "eval avg@8", 20),
-        "p(careful \\| x) at 20": lambda rows: at(rows, "eval p(Let|N)", 20),
-        "reflections ×": lambda rows: multiple(rows, "eval reflection"),
-    }
+    """The study's argument: accuracy with steps of length 0.03."""
+    columns = {f"avg@8 at {s}": lambda rows, s=s: at(rows, "eval avg@8", s) for s in (10, 20)}
+    return switch_methods_table(runs, SWITCH_FEW, columns)
+
+
+MORE = {
+    "avg@8 at 20": lambda rows: at(rows, "eval avg@8", 20),
+    "pass@8 at 5": lambda rows: at(rows, "eval pass@8", 5),
+    "p(careful \\| x) at 20": lambda rows: at(rows, "eval p(Let|N)", 20),
+    "reflections ×": lambda rows: multiple(rows, "eval reflection"),
+    "transitions ×": lambda rows: multiple(rows, "eval transition"),
+    "length at 20": lambda rows: at(rows, "eval length", 20),
+}
+
+
+def switch_methods_table(runs: dict, methods=tuple(switch.METHODS), columns=MORE) -> str:
+    """Methods with steps of length 0.03: a base's seeds together, its columns side by side."""
     header = [""] + [f"base {base}: {name}" for base in ("1", "2") for name in columns]
     lines = []
-    for method in switch.METHODS:
+    for method in methods:
         line = [SWITCH_NAMES[method]]
         for base in ("1", "2"):
             seeds = of_base(runs, "switch", method, base).values()
-            line += [
-                spread(map(read, seeds), 1 + (name[0] != "r")) for name, read in columns.items()
-            ]
+            for name, read in columns.items():
+                line.append(spread(map(read, seeds), 2 if "@" in name or "p(" in name else 1))
         if any(cell != "-" for cell in line[1:]):
             lines.append(line)
     return markdown(header, lines) if lines else NOT_RUN
@@ -716,12 +728,9 @@ def mode_gain(rows: list[dict], step: int = 5) -> float | None:
 
 def tables(runs: dict, finals: dict, worlds: dict, small: dict) -> dict[Path, dict[str, str]]:
     """The tables of each page: {page: {mark: table}}."""
-    few = ["step 20", "end", "hard, end", "steps to 0.5", "steps to 0.8"]
     return {
         ROOT / "docs" / "study.md": {
-            "methods": accuracy_table(runs, finals, (*SHOWN[:3], "dsrl-10"), few),
             "switch, few": switch_few_table(read_switch()),
-            "switch, best": switch_best_table(read_switch()),
         },
         ROOT / "study" / "tables.md": {
             "commands": commands_table(),
@@ -736,7 +745,9 @@ def tables(runs: dict, finals: dict, worlds: dict, small: dict) -> dict[Path, di
             "responses": responses_table(),
             "guard": guard_table(runs),
             "switch": switch_table(read_switch()),
+            "switch, methods": switch_methods_table(read_switch()),
             "switch, rates": switch_rates_table(read_switch()),
+            "switch, best": switch_best_table(read_switch()),
             "switch, doses": switch_doses_table(read_switch()),
         },
     }

@@ -212,8 +212,10 @@ def all_runs() -> list[Run]:
         add(MAIN, ["length-0.03"], pair)
     add(REST, ["length-0.03"], second)
     add(MAIN, [*LENGTHS, *RATES], second)
-    add(MAIN, [*LENGTHS, *RATES], first)
     add(few, ["length-0.03"], second, doses)
+    for pair in (second, first):
+        add(few, ["adamw-3e-4"], pair, ["switch-0.3", "switch-1"])
+    add(MAIN, [*LENGTHS, *RATES], first)
     add(REST, ["length-0.03"], third)
     add(MAIN, [*LENGTHS, *RATES], third)
     add(few, OTHERS, first)

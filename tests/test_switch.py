@@ -168,7 +168,9 @@ def test_results_of_an_unfinished_study(tmp_path, monkeypatch):
     assert cells["base.seed"] == "1.1 2.2" and cells["avg@8 at 20"] == "0.50 0.50"
     assert cells["`Let` at 20"] == "0.20 0.20"
     few = report.switch_few_table(runs).splitlines()[2:]
-    assert few[1].startswith("| NSR-PreRL | 0.50 | 0.70 | 0.43 | 201.0 | 0.50 |"), few[1]
+    assert few[1].startswith("| NSR-PreRL | 0.50 | 0.70 | 0.50 | 0.70 |"), few[1]
+    every = report.switch_methods_table(runs).splitlines()[2:]
+    assert every[1].startswith("| NSR-PreRL | 0.70 | 0.90 | 0.43 | 201.0 | 1.0 |"), every[1]
     # ten steps that only warmed the moments are not counted
     shifted = runs["switch", "grpo", "adamw-warm"]["1", "1"]
     assert [row["step"] for row in shifted] == [0, 0, 5, 10, 15, 20, 25, 30][-len(shifted) :]
