@@ -185,33 +185,42 @@ def draw_pass_against_avg(path: Path, worlds: dict) -> None:
         plt.close(figure)
 
 
-def draw_forecast(path: Path, title: str, found: dict) -> None:
-    """Two panels over the forecast: {(name, base): (forecast, gain at step 5, lead at step 10)}."""
-    looks = {"1": ("base 1", BLUE, "o"), "2": ("base 2", RED, "D")}
+def draw_forecast(path: Path, title: str, gains: dict, leads: dict) -> None:
+    """Left the careful mode, right accuracy.
+
+    Args:
+        gains: {(method, base): [(foretold, measured)]}.
+        leads: {(world, base): (forecast, lead)}.
+    """
+    markers = {"1": "o", "2": "D"}
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, 2, figsize=(10.5, 4.8), layout="constrained")
+        figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.8), layout="constrained")
         figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06)
-        titles = "NSR-PreRL's gain after 5 steps, GRPO's = 1", "DSRL's lead in avg@8 at step 10"
-        for which, (axis, name) in enumerate(zip(axes, titles), start=1):
-            axis.axhline(2 - which, color="#666666", lw=1)  # level with GRPO: 1 times, or 0 ahead
-            axis.axvline(1, color="#666666", lw=1)
-            for base, (label, colour, marker) in looks.items():
-                points = [values for (_, b), values in found.items() if b == base]
-                if points:
-                    xs, ys = [p[0] for p in points], [p[which] for p in points]
-                    axis.plot(xs, ys, marker, color=colour, label=label)
-            axis.set_xscale("log", base=2)
-            axis.xaxis.set_major_formatter("{x:g}")
-            axis.margins(x=0.18, y=0.1)
-            axis.set_xlabel("NSR-PreRL's gain by the first gradients, GRPO's = 1")
-            axis.set_title(name, loc="left")
-        axes[0].set_yscale("log", base=2)
-        axes[0].yaxis.set_major_formatter("{x:g}")
-        axes[1].legend(frameon=False, loc="lower right")
+        for (method, base), points in gains.items():
+            name, colour, _ = LOOKS[method]
+            label = f"{name}, base {base}"
+            left.plot(*zip(*points), markers[base], color=colour, mfc="none", mew=1.5, label=label)
+        left.axline((0, 0), slope=1, color="#666666", lw=1)
+        left.set_xlabel("foretold: 5 steps × 0.03 × the first gradient's gain")
+        left.set_ylabel("measured after 5 steps")
+        left.set_title("Rise of the log-odds of the careful mode, given x", loc="left")
+        left.legend(frameon=False)
+        colours = {"1": GREEN, "2": RED}
+        for base, colour in colours.items():
+            points = [point for (_, b), point in leads.items() if b == base]
+            if points:
+                right.plot(*zip(*points), markers[base], color=colour, label=f"base {base}")
+        right.axhline(0, color="#666666", lw=1)
+        right.axvline(1, color="#666666", lw=1)
+        right.set_xscale("log", base=2)
+        right.xaxis.set_major_formatter("{x:g}")
+        right.margins(x=0.18, y=0.1)
+        right.set_xlabel("NSR-PreRL's first gain, GRPO's = 1")
+        right.set_title("DSRL's lead over GRPO in avg@8 at step 10", loc="left")
+        right.legend(frameon=False, loc="lower left")
         figure.suptitle(title, x=0.01, ha="left", weight="bold")
         figure.canvas.draw()  # the layout is fixed before the names are placed
-        for which, axis in enumerate(axes, start=1):
-            name_points(axis, [(n, v[0], v[which], looks[b][1]) for (n, b), v in found.items()])
+        name_points(right, [(n, x, y, colours[b]) for (n, b), (x, y) in leads.items()])
         figure.savefig(path, dpi=150)
         plt.close(figure)
 

@@ -677,9 +677,10 @@ def draw_switch(runs: dict) -> None:
             "random-5-then-grpo": ("random negatives,\nthen GRPO", pictures.ORANGE, "--"),
         }
         pictures.draw(PICTURES / "switch.png", title, panels, columns=2, height=3.1, looks=looks)
-    if found := forecast_points(runs):
-        title = "The first gradients foretell where NSR-PreRL and DSRL are ahead of GRPO"
-        pictures.draw_forecast(PICTURES / "forecast.png", title, found)
+    gains, leads = forecast_points(runs)
+    if leads:
+        title = "The first gradients foretell the careful mode, but not accuracy"
+        pictures.draw_forecast(PICTURES / "forecast.png", title, gains, leads)
 
 
 SHORT = {  # the worlds in the picture: p(careful | x), or what else differs from 3%
@@ -694,21 +695,26 @@ SHORT = {  # the worlds in the picture: p(careful | x), or what else differs fro
 }
 
 
-def forecast_points(runs: dict) -> dict[tuple[str, str], tuple[float, float, float]]:
-    """{(world, base): (forecast, NSR-PreRL's gain at step 5, DSRL's lead at step 10)}.
+def forecast_points(runs: dict) -> tuple[dict, dict]:
+    """What the first gradients foretell, against what five steps of length 0.03 made.
 
-    The gain is that of the log-odds of the careful mode given x, as a multiple of GRPO's; the
-    forecast is the same by the first gradients. The lead is avg@8 minus GRPO's.
+    Returns:
+        {(method, base): [(foretold, measured)]}: rise of the log-odds of the careful mode given x.
+        {(world, base): (NSR-PreRL's first gain over GRPO's, DSRL's lead in avg@8 at step 10)}.
     """
-    found = {}
+    gains, leads = {}, {}
     for (world, base), updates in read_forecasts().items():
         own = {m: of_base(runs, world, m, base).values() for m in ("grpo", "nsr-prerl", "dsrl-5")}
-        gains = [average(map(mode_gain, own[m])) for m in ("nsr-prerl", "grpo")]
+        for method in ("grpo", "nsr-prerl"):
+            risen = average(map(mode_gain, own[method]))
+            if risen is not None:
+                foretold = 5 * 0.03 * updates[NAMES[method]]["x"]
+                gains.setdefault((method, base), []).append((foretold, risen))
         ends = [average(at(rows, "eval avg@8", 10) for rows in own[m]) for m in ("dsrl-5", "grpo")]
-        if None not in gains + ends:
+        if None not in ends:
             forecast = updates["NSR-PreRL"]["x"] / updates["GRPO"]["x"]
-            found[SHORT[world], base] = forecast, gains[0] / gains[1], ends[0] - ends[1]
-    return found
+            leads[SHORT[world], base] = forecast, ends[0] - ends[1]
+    return gains, leads
 
 
 def average(values) -> float | None:

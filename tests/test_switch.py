@@ -183,9 +183,11 @@ def test_results_of_an_unfinished_study(tmp_path, monkeypatch):
     assert doses[0].startswith(expected), doses[0]
     assert doses[1].startswith("| `switch` | 2 | - | - | - | - | - | - | - | 0.50 | 0.70 |")
     # at step 5 p(Let) is 0.08 and 0.13, from 0.03; DSRL's lead at step 10 is 0.2
-    rise = [math.log(p / (1 - p) * 0.97 / 0.03) for p in (0.13, 0.08)]
-    expected = 10.2 / 5.8, rise[0] / rise[1], 0.2
-    assert report.forecast_points(runs) == {("3%", "1"): pytest.approx(expected)}
+    rise = [math.log(p / (1 - p) * 0.97 / 0.03) for p in (0.08, 0.13)]
+    gains, leads = report.forecast_points(runs)
+    assert gains["grpo", "1"] == [pytest.approx((0.15 * 5.8, rise[0]))]
+    assert gains["nsr-prerl", "1"] == [pytest.approx((0.15 * 10.2, rise[1]))] and len(gains) == 2
+    assert leads == {("3%", "1"): pytest.approx((10.2 / 5.8, 0.2))}
     report.draw_switch(runs)
     assert (tmp_path / "switch.png").stat().st_size > 2e4
     assert (tmp_path / "forecast.png").stat().st_size > 1e4
