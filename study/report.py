@@ -398,7 +398,7 @@ def switch_few_table(runs: dict) -> str:
     return switch_methods_table(runs, SWITCH_FEW, columns)
 
 
-MORE = {
+METHOD_COLUMNS = {
     "avg@8 at 20": lambda rows: at(rows, "eval avg@8", 20),
     "pass@8 at 5": lambda rows: at(rows, "eval pass@8", 5),
     "p(careful \\| x) at 20": lambda rows: at(rows, "eval p(Let|N)", 20),
@@ -408,7 +408,7 @@ MORE = {
 }
 
 
-def switch_methods_table(runs: dict, methods=tuple(switch.METHODS), columns=MORE) -> str:
+def switch_methods_table(runs: dict, methods=tuple(switch.METHODS), columns=METHOD_COLUMNS) -> str:
     """Methods with steps of length 0.03: a base's seeds together, its columns side by side."""
     header = [""] + [f"base {base}: {name}" for base in ("1", "2") for name in columns]
     lines = []
@@ -417,17 +417,19 @@ def switch_methods_table(runs: dict, methods=tuple(switch.METHODS), columns=MORE
         for base in ("1", "2"):
             seeds = of_base(runs, "switch", method, base).values()
             for name, read in columns.items():
-                line.append(spread(map(read, seeds), 2 if "@" in name or "p(" in name else 1))
+                line.append(
+                    mean_and_range(map(read, seeds), 2 if "@" in name or "p(" in name else 1)
+                )
         if any(cell != "-" for cell in line[1:]):
             lines.append(line)
     return markdown(header, lines) if lines else NOT_RUN
 
 
-def spread(values, digits: int = 2) -> str:
+def mean_and_range(values, digits: int = 2) -> str:
     """The mean of the seeds, and their lowest and highest value.
 
-    >>> spread([0.5, 0.75, 1.0]), spread([0.5]), spread([None]), spread([])
-    ('0.75 (0.50-1.00)', '0.50', '-', '-')
+    >>> mean_and_range([0.5, 0.75, 1.0]), mean_and_range([0.5]), mean_and_range([None])
+    ('0.75 (0.50-1.00)', '0.50', '-')
     """
     values = [value for value in values if value is not None]
     if not values:
@@ -453,7 +455,7 @@ def switch_rates_table(runs: dict) -> str:
         for base in "12":
             for method in switch.MAIN:
                 seeds = of_base(runs, "switch", method, base, optimizer).values()
-                line.append(spread(map(speed, seeds)))
+                line.append(mean_and_range(map(speed, seeds)))
         if any(cell != "-" for cell in line[1:]):
             lines.append(line)
     return markdown(header, lines) if lines else NOT_RUN
@@ -484,7 +486,7 @@ def best(runs: dict, method: str, base: str, kind: str) -> str:
         return "-"
     speeds = {rate: [speed(found[rate][pair]) for pair in sorted(shared)] for rate in rates}
     rate = max(speeds, key=lambda name: mean(speeds[name]))
-    return f"{spread(speeds[rate])} at {rate.removeprefix(f'{kind}-')}"
+    return f"{mean_and_range(speeds[rate])} at {rate.removeprefix(f'{kind}-')}"
 
 
 def of_base(runs: dict, world: str, method: str, base: str, optimizer: str = "length-0.03") -> dict:
@@ -531,7 +533,7 @@ def switch_doses_table(runs: dict) -> str:
         for column in ("eval avg@8", "eval Let"):
             for method in methods:
                 seeds = of_base(runs, world, method, base).values()
-                line.append(spread([at(rows, column, 20) for rows in seeds]))
+                line.append(mean_and_range([at(rows, column, 20) for rows in seeds]))
         if any(cell != "-" for cell in line[2:]):
             lines.append(line)
     return markdown(header, lines) if lines else NOT_RUN
