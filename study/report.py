@@ -462,7 +462,10 @@ def switch_rates_table(runs: dict) -> str:
 
 
 def switch_best_table(runs: dict) -> str:
-    """Each method at its best rate: that of the highest speed, by the seeds that all rates have."""
+    """Each method at its best rate: that of the highest speed, by the seeds that all rates have.
+
+    A cell has every seed at that rate.
+    """
     kinds = {"length": "steps of one length", "adamw": "AdamW"}
     header = [""] + [f"base {b}: {kind}" for b in "12" for kind in kinds.values()]
     lines = []
@@ -477,16 +480,19 @@ def switch_best_table(runs: dict) -> str:
 
 
 def best(runs: dict, method: str, base: str, kind: str) -> str:
-    """The rate of the highest speed and that speed; "-" unless all rates of the kind have runs."""
+    """The rate of the highest speed and its seeds' speeds; "-" unless there is a choice."""
     rates = [name for name in switch.OPTIMIZERS if name.startswith(kind) and name[-1].isdigit()]
     rates = [name for name in rates if not name.startswith("adamw-batch")]
     found = {rate: of_base(runs, "switch", method, base, rate) for rate in rates}
-    shared = set.intersection(*(set(seeds) for seeds in found.values()))
-    if not shared:
+    found = {rate: seeds for rate, seeds in found.items() if seeds}
+    shared = set.intersection(*(set(seeds) for seeds in found.values())) if found else set()
+    if len(found) < 2 or not shared:
         return "-"
-    speeds = {rate: [speed(found[rate][pair]) for pair in sorted(shared)] for rate in rates}
+    speeds = {
+        rate: [speed(seeds[pair]) for pair in sorted(shared)] for rate, seeds in found.items()
+    }
     rate = max(speeds, key=lambda name: mean(speeds[name]))
-    return f"{mean_and_range(speeds[rate])} at {rate.removeprefix(f'{kind}-')}"
+    return f"{mean_and_range(map(speed, found[rate].values()))} at {rate.removeprefix(f'{kind}-')}"
 
 
 def of_base(runs: dict, world: str, method: str, base: str, optimizer: str = "length-0.03") -> dict:

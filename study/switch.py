@@ -111,11 +111,12 @@ def adamw(rate: float, epsilon: float) -> Optimizer:
 
 
 OPTIMIZERS = {
-    **{f"length-{rate}": length(rate) for rate in (0.01, 0.03, 0.06, 0.1)},
+    **{f"length-{rate}": length(rate) for rate in (0.01, 0.03, 0.06, 0.1, 0.2, 0.4)},
     "signs-0.03": length(0.03, signs=True),
     "adamw-1e-4": Optimizer(None, 1e-4),
     "adamw-3e-4": Optimizer(None, 3e-4),
     "adamw-1e-3": Optimizer(None, 1e-3),
+    "adamw-3e-3": Optimizer(None, 3e-3),
     # With a large epsilon the step is about rate / epsilon times the gradient, not along its signs.
     # A gradient of norm 0.06, NSR-PreRL's first on base 1, has entries of about 1e-4
     "epsilon-1e-4": adamw(3e-4, 1e-4),
@@ -185,8 +186,11 @@ PAIRS = [
     (2, 3),
 ]  # of base and seed, the balanced ones first
 REST = [name for name in METHODS if name not in MAIN]
-LENGTHS = ["length-0.01", "length-0.06", "length-0.1"]
+LENGTHS = ["length-0.01", "length-0.06", "length-0.1", "length-0.2"]
 RATES = ["adamw-3e-4", "adamw-1e-4", "adamw-1e-3"]
+# Rates at which one of `few` is fastest, and those beyond
+BEST = ["length-0.06", "length-0.1", "length-0.2", "adamw-3e-4", "adamw-1e-3"]
+EDGES = ["length-0.4", "adamw-3e-3"]
 OTHERS = ["signs-0.03", "epsilon-1e-3", "epsilon-1e-3-fast", "epsilon-1e-4"]
 OTHERS += ["adamw-warm", "adamw-batch-512"]
 
@@ -218,9 +222,12 @@ def all_runs() -> list[Run]:
     add(MAIN, [*LENGTHS, *RATES], first)
     add(REST, ["length-0.03"], third)
     add(MAIN, [*LENGTHS, *RATES], third)
+    add(few, EDGES, first)
+    add(few, EDGES, second)
     add(few, OTHERS, first)
     for pair in PAIRS[3:]:
         add(REST, ["length-0.03"], pair)
+        add(few, BEST, pair)
     return list(dict.fromkeys(found))
 
 
