@@ -397,9 +397,12 @@ def test_resume_in_the_same_folder(runs, tmp_path):
     """Stopped after step 2 and gone on with: the metrics and weights of the uninterrupted run."""
     flags = [*SHARED, "--save-every", "1"]
     run("grpo_baseline", tmp_path, *flags, "--num-steps", "2")
-    with open(tmp_path / "metrics.jsonl", "a") as file:  # as a kill before the checkpoint leaves it
+    log = tmp_path / "metrics.jsonl"
+    finished = log.read_text()
+    with open(log, "a") as file:  # as a kill before the checkpoint leaves it
         file.write('{"step": 3}\n{"step": ')
     run("grpo_baseline", tmp_path, *flags, "--num-steps", "3", "--resume", "auto")
+    assert log.read_text().startswith(finished)  # no finished step is done again: it has its times
     whole = [learned(row) for row in metrics(runs["grpo_baseline"])]
     kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert kept == ["step_000002", "step_000003"]
