@@ -678,7 +678,9 @@ def draw_switch(runs: dict) -> None:
             if found := curves(own, switch.MAIN, column):
                 panels.append((title, unit, found, {"limits": (0, 1.04), "width": 0.5}))
     if panels:
-        title = "The switch world: a careful mode that the prompt switches off"
+        title = (
+            "The switch world: a careful mode that the prompt switches off; steps of length 0.03"
+        )
         looks = pictures.LOOKS | {
             "dsrl-5": ("DSRL, S = 5", *pictures.LOOKS["dsrl-10"][1:]),
             "random-prerl": ("random negatives", pictures.GREY, ":"),
