@@ -188,7 +188,7 @@ PAIRS = [
 REST = [name for name in METHODS if name not in MAIN]
 LENGTHS = ["length-0.01", "length-0.06", "length-0.1", "length-0.2"]
 RATES = ["adamw-3e-4", "adamw-1e-4", "adamw-1e-3"]
-# Rates at which one of `few` is fastest, and those beyond
+# Rates at which a method of `few` is fastest, then rates beyond those
 BEST = ["length-0.06", "length-0.1", "length-0.2", "adamw-3e-4", "adamw-1e-3"]
 EDGES = ["length-0.4", "adamw-3e-3"]
 OTHERS = ["signs-0.03", "epsilon-1e-3", "epsilon-1e-3-fast", "epsilon-1e-4"]

@@ -289,3 +289,21 @@ def test_the_kept_bases_are_those_of_the_results(base):
     for row in rows:
         assert float(row["eval p(Let|N)"]) == pytest.approx(found["N"], abs=2e-4)
         assert float(row["eval p(Let|BOS)"]) == pytest.approx(found["BOS"], abs=2e-4)
+
+
+def test_best_rate():
+    """Chosen by the seeds that all rates have, then shown with every seed of that rate."""
+
+    def rows(accuracy):
+        return [{"step": 5.0, "eval avg@8": accuracy}]
+
+    seeds = {
+        "length-0.1": {("1", "1"): rows(0.5), ("1", "2"): rows(0.9)},
+        "length-0.2": {("1", "1"): rows(0.6), ("1", "3"): rows(0.8), ("2", "1"): rows(0.1)},
+        "adamw-1e-4": {("1", "1"): rows(0.7)},
+    }
+    runs = {("switch", "grpo", optimizer): found for optimizer, found in seeds.items()}
+    assert report.best(runs, "grpo", "1", "length") == "0.70 (0.60-0.80) at 0.2"
+    assert report.best(runs, "grpo", "1", "adamw") == "-"  # one rate is no choice
+    del seeds["length-0.2"][("1", "1")]
+    assert report.best(runs, "grpo", "1", "length") == "-"  # no seed at both
