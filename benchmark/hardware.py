@@ -142,12 +142,17 @@ def update_terms(m: Shape, gpus: int, tokens: int, offload: bool, engine: float)
 
 
 def rollout_terms(m: Shape, gpus: int, tp: int, share: float, offload: bool, card: int) -> dict:
-    """Bytes during the rollout: the trainer's state and the engine's fraction of the card."""
-    state = 0 if offload else 12 * m.parameters / gpus  # gradients are gone
+    """Bytes during the rollout, and the sequences of full length that the KV cache holds."""
     engine = share * CARDS[card] * GIB
     cache = engine - m.engine(tp) - ENGINE_WORK[card] * GIB
     a_token = 2 * 2 * m.layers * m.kv_heads * m.head_dim / tp  # bfloat16 keys and values
-    return {"sequences": cache / a_token / m.length, "peak": state + engine + FIXED * GIB}
+    peak = rollout_bytes(m, gpus, share * CARDS[card], offload)
+    return {"sequences": cache / a_token / m.length, "peak": peak}
+
+
+def rollout_bytes(m: Shape, gpus: int, engine: float, offload: bool) -> float:
+    """Bytes during the rollout: the trainer's state and the engine's GiB; gradients are gone."""
+    return (0 if offload else 12 * m.parameters / gpus) + (engine + FIXED) * GIB
 
 
 def plan(m: Shape, gpus: int, card: int) -> tuple[list[str], bool, dict, dict]:

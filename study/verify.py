@@ -1,6 +1,6 @@
 """Measure the grader on reference answers, ordinary answers and hostile answers.
 
-    python benchmark/verify.py FILE.parquet ...      prints one JSON line
+    python study/verify.py FILE.parquet ...      prints one JSON line
 
 The files have problems with reference answers, in verl's format. The program counts how many
 reference answers equal a usual form of themselves, as a training run checks at its start.
@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pyarrow.parquet
+import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -24,7 +25,7 @@ from test_grading import hostile  # noqa: E402
 import grading  # noqa: E402
 
 
-def measure_references(verifier, file: str) -> dict:
+def measure_references(verifier, file: Path) -> dict:
     rows = pyarrow.parquet.read_table(file, columns=["reward_model"]).to_pylist()
     references = [row["reward_model"]["ground_truth"] or "" for row in rows]
     start = time.perf_counter()
@@ -46,9 +47,12 @@ def measure_answers(verifier, pairs: list[tuple[str, str]], timeout: float) -> d
     return found | {"errors": errors, "answers_per_second": round(len(pairs) / seconds)}
 
 
-def main(files: list[str]) -> None:
+def main(files: tyro.conf.Positional[tuple[Path, ...]]) -> None:
+    """Measure the grader on the reference answers in `files`, and on ordinary and hostile ones."""
+    if missing := [str(file) for file in files if not file.is_file()]:
+        sys.exit(f"error: there is no file {missing[0]}")
     verifier = grading.start_verifier()
-    found = {Path(file).stem: measure_references(verifier, file) for file in files}
+    found = {file.stem: measure_references(verifier, file) for file in files}
     result = {"cores": len(os.sched_getaffinity(0)), "references": found}
     ordinary = [(f"\\frac{{{i}}}{{{i % 9 + 2}}}", f"{i}/{i % 9 + 2}") for i in range(1, 1001)]
     ordinary += [(f"{i}\\sqrt{{3}}+x^2", f"x^2+{i}\\sqrt{{3}}") for i in range(1000)]
@@ -62,4 +66,4 @@ def main(files: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    tyro.cli(main)
