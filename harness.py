@@ -3,16 +3,17 @@
 Small, independent functions that all programs use. A reader of the algorithms can skip them.
 """
 
+import contextlib
 import ctypes
 import dataclasses
 import datetime
 import fcntl
-import functools
 import inspect
 import json
 import logging
 import math
 import os
+import re
 import resource
 import secrets
 import shutil
@@ -139,7 +140,7 @@ def parse_args(Args):
     import tyro
 
     argv = [word for arg in sys.argv[1:] for word in arg.split("=", 1)]
-    preset = argv[argv.index("--preset") + 1] if "--preset" in argv[:-1] else "paper"
+    preset = (["paper"] + [b for a, b in zip(argv, argv[1:]) if a == "--preset"])[-1]
     fields = {field.name for field in dataclasses.fields(Args)}
     values = {k: v for k, v in PRESETS.get(preset, {}).items() if k in fields}
     default = dataclasses.replace(Args(), **values)
@@ -153,7 +154,7 @@ def check_args(args) -> None:
     """Refuse flags with invalid values, before anything is loaded: see fail()."""
     world_size = dist.get_world_size()
     positive = "num_prompts num_generations num_samples num_minibatches max_completion_length"
-    positive += " eval_num_samples tensor_parallel_size"
+    positive += " eval_num_samples tensor_parallel_size max_tokens_per_microbatch"
     for name in (positive + " temperature learning_rate").split():
         if not 0 < getattr(args, name, 1) < math.inf:
             fail(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
@@ -163,6 +164,10 @@ def check_args(args) -> None:
         for number in value if isinstance(value, tuple) else [value]:
             if not 0 <= number < math.inf:
                 fail(f"--{name.replace('_', '-')} must be 0 or more, not {number}")
+    if getattr(args, "temperature", 1) > 2:
+        fail(f"--temperature must be at most 2, vLLM's limit, not {args.temperature}")
+    if not 0 <= getattr(args, "seed", 0) < 2**32:
+        fail(f"--seed must be from 0 to {2**32 - 1}, not {args.seed}")
     if not 0 < getattr(args, "top_p", 1) <= 1:
         fail(f"--top-p must be in (0, 1], not {args.top_p}")
     if getattr(args, "num_generations", 2) == 1:
@@ -255,8 +260,8 @@ def launch(main, args) -> None:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     forward_signals()
     # Ranks get signals from us, and time to save. What torchrun itself stops, after a rank has
-    # failed, hangs in a collective: 5 seconds are enough.
-    options = ["--standalone", "--signals-to-handle=SIGHUP"]
+    # failed, hangs in a collective: 5 seconds are enough. The machine's name may not resolve.
+    options = ["--standalone", "--local-addr=127.0.0.1", "--signals-to-handle=SIGQUIT"]
     workarounds.stop_ranks_after(5)
     with tempfile.TemporaryDirectory() as logs:  # torchrun would leave one of its own behind
         try:
@@ -267,22 +272,37 @@ def launch(main, args) -> None:
 
 
 def forward_signals() -> None:
-    """In the launcher: pass SIGTERM and Ctrl-C on to the ranks; a second signal kills them."""
+    """In the launcher: pass STOPS on to the ranks; a second SIGTERM or Ctrl-C kills them."""
     asked = []
 
     def handler(number, frame):
         pid = os.getpid()
         ranks = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        if not ranks:  # they have not started
+            sys.exit(128 + number)
+        kill = asked and number != signal.SIGHUP  # a closing terminal sends that more than once
         if not asked:
-            print("stopping after this step; repeat the signal to stop at once", file=sys.stderr)
+            with contextlib.suppress(OSError):  # the terminal or `| tee` has gone
+                print(
+                    "stopping after this step; repeat the signal to stop at once", file=sys.stderr
+                )
         for rank in ranks:
-            os.kill(int(rank), signal.SIGKILL if asked else number)
-        if asked:
+            os.kill(int(rank), signal.SIGKILL if kill else number)
+        if kill:
             os._exit(128 + number)
         asked.append(number)
 
-    signal.signal(signal.SIGTERM, handler)
-    signal.signal(signal.SIGINT, handler)
+    on_stops(handler)
+
+
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # SIGINT: Ctrl-C; SIGHUP: a lost terminal
+
+
+def on_stops(handler) -> None:
+    """Let `handler` take STOPS, except those that are ignored: nohup ignores SIGHUP."""
+    for number in STOPS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 STOP_SIGNALS = []  # received by this process; see stop_if_asked()
@@ -317,13 +337,12 @@ def wait_for_all() -> None:
 
 
 def catch_signals() -> None:
-    """From now on, note SIGTERM and Ctrl-C for stop_if_asked(), at the end of the step."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: STOP_SIGNALS.append(number))
+    """From now on, note STOPS for stop_if_asked(), at the end of the step."""
+    on_stops(lambda number, frame: STOP_SIGNALS.append(number))
 
 
 def stop_if_asked(folder: Path, step: int, policy, optimizer, args, engine, verifier, say) -> None:
-    """If a rank has received SIGTERM or Ctrl-C, save a checkpoint and exit.
+    """If a rank has received one of STOPS, save a checkpoint and exit.
 
     Raises:
         SystemExit: its code is 128 + the signal's number.
@@ -405,9 +424,17 @@ def lock_folder(folder: Path) -> None:
         pass  # a file system without locks
 
 
+def read_args(folder: Path) -> dict:
+    """The args.json of a run's folder; refuses a folder without one."""
+    try:
+        return json.loads((folder / "args.json").read_text())
+    except (OSError, ValueError):
+        fail(f"{folder} has no readable args.json: give another --output-dir, or RUN/checkpoints/*")
+
+
 def refuse_changes(folder: Path, script: str, args) -> None:
     """Refuse to continue the run in `folder` if a flag differs that --resume may not change."""
-    before = json.loads((folder / "args.json").read_text())
+    before = read_args(folder)
     now = json.loads(json.dumps(dataclasses.asdict(args)))  # tuples become lists, as in the file
     changed = [
         f"--{key.replace('_', '-')} was {before[key]!r}, is now {value!r}"
@@ -440,7 +467,7 @@ def check_disk(folder: Path, path: str, args) -> None:
     free += sum(file.stat().st_size for file in folder.glob("checkpoints/*/*"))  # of --resume
     if free < needed:
         fail(
-            f"{folder} has {free / 2**30:.1f} GiB free, but the run needs {needed / 2**30:.1f} GiB "
+            f"{folder} has {free / 2**30:.3f} GiB free, but the run needs {needed / 2**30:.3f} GiB "
             f"({checkpoints:.0f} checkpoints and the model): give another --output-dir, or "
             "--save-every 0"
         )
@@ -460,7 +487,8 @@ def quiet(folder: Path):
     An exception that ends the process still shows one line on the console.
 
     Returns:
-        say(...), which prints on the console; on ranks other than 0 it does nothing.
+        say(...), which prints on the console; on ranks other than 0 it does nothing. It also does
+        nothing once the console is gone: the terminal was closed, or `| tee` has ended.
     """
     rank = dist.get_rank()
     console = os.fdopen(os.dup(2), "w", buffering=1)
@@ -469,13 +497,17 @@ def quiet(folder: Path):
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
 
+    def say(*words):
+        with contextlib.suppress(OSError):
+            print(*words, file=console)
+
     def on_error(kind, error, trace):
         why = f"{folder} is on a full disk: make room and start again" if full(folder) else error
-        print(f"rank {rank} failed: {why} (details in {log.name})", file=console)
+        say(f"rank {rank} failed: {why} (details in {log.name})")
         traceback.print_exception(kind, error, trace)  # fails on a full disk
 
     sys.excepthook = on_error
-    return functools.partial(print, file=console) if rank == 0 else lambda *words: None
+    return say if rank == 0 else lambda *words: None
 
 
 def make_logger(folder: Path, args):
@@ -682,6 +714,8 @@ def make_warner(args, say):
                 "every group is all correct or all incorrect, so r - group mean is 0: the problems "
                 "may be too easy or too hard for this model"
             )
+        elif metrics.get("policy/counted_samples") == 0:
+            lines["loss"] = "no sample is in the loss, so nothing is learned: see --sign-weights"
         for kind, line in lines.items():
             if kind not in said:
                 said.add(kind)
@@ -692,8 +726,8 @@ def make_warner(args, say):
 
 def eval_line(metrics: dict) -> str:
     """The metrics avg@k and pass@k of each evaluation set, on one line."""
-    scores = ((key.removeprefix("eval/"), value) for key, value in metrics.items() if "@" in key)
-    return "  ".join(f"{key} {value:.3f}" for key, value in scores)
+    found = [key for key in metrics if re.fullmatch(r"eval/.*/(avg|pass)@\d+", key)]
+    return "  ".join(f"{key.removeprefix('eval/')} {metrics[key]:.3f}" for key in found)
 
 
 def say_summary(folder: Path, say) -> None:
@@ -702,8 +736,10 @@ def say_summary(folder: Path, say) -> None:
         return
     import plot
 
-    plot.draw([folder], folder / "curves.png")
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    file = folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    if rows:  # --num-steps 0 without an evaluation makes none
+        plot.draw([folder], folder / "curves.png")
     evals = [row for row in rows if any(key.startswith("eval/") for key in row)]
     say()
     if evals:
@@ -722,17 +758,36 @@ def say_summary(folder: Path, say) -> None:
 # -------------------------------------------------------------------------------------- checkpoints
 
 
+def is_whole(path: Path) -> bool:
+    """Is this a checkpoint with all the bytes that its .metadata names?"""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    try:
+        parts = FileSystemReader(path).read_metadata().storage_data.values()
+        sizes = {part.relative_path: (path / part.relative_path).stat().st_size for part in parts}
+    except Exception:  # whatever pickle makes of a broken file
+        return False
+    return all(part.offset + part.length <= sizes[part.relative_path] for part in parts)
+
+
 def find_checkpoint(folder: Path, args) -> Path | None:
-    """The checkpoint that --resume names, or None. "auto" is the run's latest, if it has one."""
+    """The checkpoint that --resume names, or None. "auto" is the run's latest whole one, if any.
+
+    Refuses to start over in the folder of a finished run.
+    """
     path = Path(args.resume) if args.resume else None
     if args.resume == "auto":
-        found = sorted(p for p in (folder / "checkpoints").glob("step_??????") if p.is_dir())
-        chosen = [found[-1] if found else None]
+        found = sorted((folder / "checkpoints").glob("step_??????"), reverse=True)
+        chosen = [next(filter(is_whole, found), None), (folder / "model").exists()]
         dist.broadcast_object_list(chosen)  # ranks that see other files must not go other ways
-        path = chosen[0]
+        path, finished = chosen
+        if finished and not path:
+            fail(f"{folder} holds a finished run without a checkpoint: give another --output-dir")
         announce(f"continuing from {path}" if path else f"no checkpoint in {folder}: from step 1")
-    elif path and not (path / ".metadata").is_file():
+    elif path and not (re.fullmatch(r"step_\d{6}", path.name) and (path / ".metadata").is_file()):
         fail(f"--resume {path} is not a checkpoint: give RUN/checkpoints/step_NNNNNN, or auto")
+    elif path and not is_whole(path):
+        fail(f"--resume {path} is not a whole checkpoint: give an older one, or auto")
     return path
 
 
@@ -766,7 +821,7 @@ def save_checkpoint(folder: Path, step: int, policy, optimizer, args) -> None:
 def load_checkpoint(folder: Path, policy, optimizer, path: Path | None) -> int:
     """Restore the checkpoint at `path`, if any. Returns its step, or 0 without a checkpoint.
 
-    Removes later lines from metrics.jsonl, so that each step is there once.
+    Removes later checkpoints and later lines of metrics.jsonl, so that each step is there once.
     """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -779,6 +834,10 @@ def load_checkpoint(folder: Path, policy, optimizer, path: Path | None) -> int:
         dcp.load({"model": model, "optimizer": optim}, checkpoint_id=path)
         set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=optim)
         optimizer.param_groups[0].update(flags)  # this run's, not those of the run that saved
+    if dist.get_rank() == 0:
+        for later in (folder / "checkpoints").glob("step_??????"):
+            if int(later.name.removeprefix("step_")) > step:
+                shutil.rmtree(later)
     metrics = folder / "metrics.jsonl"
     if dist.get_rank() == 0 and metrics.exists():
         lines = [x for x in metrics.read_text().splitlines() if x.endswith("}")]

@@ -17,7 +17,7 @@ import data
 import grading
 import models
 import workarounds
-from harness import announce, fail, first_line, wait_for_all
+from harness import announce, fail, first_line, read_args, wait_for_all
 
 # -------------------------------------------------------------------------------------------- model
 
@@ -91,10 +91,10 @@ def local_folder(source: str, kinds: list[str]) -> str:
 
 def fix_date(args) -> None:
     """Set args.date, which chat templates print: the day when the run began, also on --resume."""
-    file = Path(getattr(args, "output_dir", "") or ".") / "args.json"
+    folder = Path(getattr(args, "output_dir", "") or ".")
     day = None
-    if getattr(args, "resume", "") and file.is_file():
-        day = json.loads(file.read_text()).get("date")
+    if getattr(args, "resume", "") and (folder / "args.json").is_file():
+        day = read_args(folder).get("date")
     shared = [day or datetime.date.today().isoformat()]
     dist.broadcast_object_list(shared)  # ranks may start on either side of midnight
     args.date = shared[0]

@@ -314,7 +314,7 @@ def finish_queued_batches(engine) -> None:
     release_kv_cache_memory() then raises an error. Can go when that function empties the queue.
     """
     core = engine.llm_engine.engine_core.engine_core
-    while core.batch_queue:
+    while core.batch_queue or core.scheduler.has_requests():
         engine.llm_engine.step()
 
 

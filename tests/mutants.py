@@ -76,6 +76,8 @@ TWO_RANKS = "tests/test_scripts.py -k 'two_processes and nsr_prerl'"
 EXPORT = "tests/test_scripts.py -k becomes_a_model"
 PARTS = "tests/test_evaluate.py -k test_parts"
 FULL = "tests/test_reliability.py -k disk_full_while"
+LOST = "tests/test_reliability.py -k lost_terminal"
+WHICH = "tests/test_reliability.py -k which_checkpoint"
 SAME_WEIGHTS = "tests/test_reliability.py -k train_on_nothing"
 
 # fmt: off
@@ -469,16 +471,23 @@ MUTANTS = [
     Mutant("evaluation: samples of the next problem", PARTS, "evaluate.py",
            'problems[s["index"] // k]', 'problems[s["index"] % k]'),
     Mutant("full disk: nothing is said", FULL, "harness.py",
-           """        print(f"rank {rank} failed: {why} (details in {log.name})", file=console)
+           """        say(f"rank {rank} failed: {why} (details in {log.name})")
         traceback.print_exception(kind, error, trace)  # fails on a full disk
 """,
            """        traceback.print_exception(kind, error, trace)
-        print(f"rank {rank} failed: {why} (details in {log.name})", file=console)
+        say(f"rank {rank} failed: {why} (details in {log.name})")
 """),
+    Mutant("console: the run ends with its reader", LOST, "harness.py",
+           "        with contextlib.suppress(OSError):\n            print(*words",
+           "        if True:\n            print(*words"),
+    Mutant("resume: a cut checkpoint", WHICH, "harness.py",
+           "return all(part.offset + part.length <=", "return all(0 * part.length <="),
+    Mutant("resume: later checkpoints stay", WHICH, "harness.py",
+           'if int(later.name.removeprefix("step_")) > step', "if False"),
     Mutant("full disk: the library's words", FULL, "harness.py",
            "if full(folder) else error", "if False else error"),
     Mutant("resume: the oldest checkpoint", RESUMED, "harness.py",
-           "found[-1] if found", "found[0] if found"),
+           'glob("step_??????"), reverse=True)', 'glob("step_??????"))'),
     Mutant("resume: last line lost", RESUMED, "harness.py",
            'json.loads(x)["step"] <= step', 'json.loads(x)["step"] < step'),
     Mutant("resume: later lines stay", RESUMED, "harness.py",

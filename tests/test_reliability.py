@@ -18,7 +18,17 @@ import pytest
 import torch
 import warm
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_scripts import ROOT, SMALL, completions, learned, metrics, run, same, weights
+from test_scripts import (
+    ROOT,
+    SMALL,
+    completions,
+    environment,
+    learned,
+    metrics,
+    run,
+    same,
+    weights,
+)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, LlamaConfig
 
@@ -33,7 +43,7 @@ FLAGS = "--num-steps 6 --warmup-steps 3 --save-every 1 --eval-every 3".split()
 def start(script: str, folder: Path, *flags: str) -> subprocess.Popen:
     """The run in a session of its own; what it prints goes to a file beside its folder."""
     command = [*warm.python(), f"{script}.py", *SMALL, "--output-dir", str(folder), *flags]
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    env = environment()
     log = open(folder.with_suffix(".log"), "a")
     return subprocess.Popen(
         command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
@@ -181,6 +191,74 @@ def test_second_signal_stops_at_once(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_lost_terminal(tmp_path):
+    """SIGHUP, more than once, and nobody reads the output: as for SIGTERM, the run is saved."""
+    folder = tmp_path / "run"
+    command = [sys.executable, "dsrl.py", *SMALL, "--output-dir", str(folder), *FLAGS]
+    env = environment()
+    pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        [*command, "--save-every", "0"], cwd=ROOT, env=env, start_new_session=True, **pipe
+    )
+    assert any(line.startswith("step 2/") for line in process.stdout)
+    process.stdout.close()
+    for _ in range(2):
+        process.send_signal(signal.SIGHUP)
+    assert process.wait(HANG) == 128 + signal.SIGHUP
+    steps = lines(folder) - 1
+    assert 2 <= steps < 6
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == [f"step_{steps:06d}"]
+    assert "Traceback" not in (folder / "log_rank0.txt").read_text()
+
+
+def test_signals_before_the_ranks_start():
+    """The launcher ends at once; under nohup, which ignores SIGHUP, that does nothing."""
+    program = (
+        "import harness, os, signal; signal.signal(signal.SIGHUP, signal.SIG_IGN);"
+        "harness.forward_signals(); os.kill(os.getpid(), signal.SIGHUP);"
+        "print('goes on', flush=True); os.kill(os.getpid(), signal.SIGTERM); print('goes on')"
+    )
+    command = [*warm.python(), "-c", program]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG)
+    assert (done.returncode, done.stdout, done.stderr) == (143, "goes on\n", "")
+
+
+@pytest.mark.slow
+def test_which_checkpoint_is_resumed(whole, tmp_path, one_rank, capsys):
+    """A broken one never is. From an older one, what came later goes: metrics and checkpoints."""
+    folder = shutil.copytree(whole, tmp_path / "run")
+    five, six = (folder / "checkpoints" / f"step_00000{step}" for step in (5, 6))
+
+    def found(resume: str) -> Path | None:
+        return harness.find_checkpoint(folder, SimpleNamespace(resume=resume))
+
+    def refused(resume: str) -> str:
+        with pytest.raises(SystemExit):
+            found(resume)
+        return capsys.readouterr().err
+
+    assert found("auto") == six and found(str(five)) == five
+    part = next(six.glob("*.distcp"))
+    part.write_bytes(part.read_bytes()[:-1])
+    assert found("auto") == five and "is not a whole checkpoint" in refused(str(six))
+    assert "is not a checkpoint" in refused(str(six.rename(folder / "best")))
+    shutil.copytree(folder / "best", six)
+    run("dsrl", folder, *FLAGS, "--save-every", "0", "--resume", str(five))
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step_000005"]
+    assert [learned(row) for row in metrics(folder)] == [learned(row) for row in metrics(whole)]
+    assert same(weights(folder), weights(whole))
+    (five / ".metadata").unlink()
+    assert "finished run without a checkpoint: give another --output-dir" in refused("auto")
+    assert len(metrics(folder)) == 7
+    shutil.rmtree(folder / "model")
+    assert found("auto") is None
+    (folder / "args.json").write_text("")
+    with pytest.raises(SystemExit):
+        harness.read_args(folder)
+    assert "no readable args.json" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_resume_on_another_number_of_ranks(whole, tmp_path):
     """Weights and optimiser reshard; what follows is equal up to the order of additions."""
     folder = tmp_path / "run"
@@ -213,7 +291,7 @@ def damaged(script: str, tmp_path: Path, old: str, new: str, *flags: str) -> str
     (tmp_path / f"{script}.py").write_text(text.replace(old, new))
     command = [*warm.python(), str(tmp_path / f"{script}.py"), *SMALL, *flags]
     command += ["--num-steps", "4", "--eval-every", "0", "--output-dir", tmp_path / "run"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env = environment() | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         command, cwd=ROOT, env=env, text=True, capture_output=True, timeout=900, check=False
     )
@@ -276,7 +354,7 @@ def test_one_rank_fails(tmp_path, place):
     (tmp_path / "dsrl.py").write_text(text)
     command = [*warm.python(), str(tmp_path / "dsrl.py"), *SMALL, "--num-processes", "2"]
     command += ["--eval-every", "0", "--output-dir", str(tmp_path / "run")]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env = environment() | {"PYTHONPATH": str(ROOT)}
     with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log)
     read = (tmp_path / "log").read_text
@@ -365,7 +443,10 @@ def test_disk_space(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as error:
         harness.check_disk(tmp_path, base, args)
     assert error.value.code == 2
-    assert "the run needs 0.0 GiB (3 checkpoints and the model)" in capsys.readouterr().err
+    assert (
+        "has 0.001 GiB free, but the run needs 0.010 GiB (3 checkpoints and the model)"
+        in capsys.readouterr().err
+    )
     # What a resumed run's checkpoints take is there for the next ones.
     checkpoint = tmp_path / "checkpoints" / "step_000010"
     checkpoint.mkdir(parents=True)
@@ -406,6 +487,24 @@ def test_tracking_of_a_resumed_run(tmp_path, one_rank, monkeypatch):
     assert "resume" not in new and resumed["resume"] == "allow"
 
 
+def test_words_of_a_run(tmp_path, monkeypatch, one_rank):
+    """The console: of a run without a step, a set named with @, a loss without samples."""
+    said = []
+    harness.say_summary(tmp_path, lambda *words: said.extend(words))
+    assert said[-1].endswith(f"are in {tmp_path}")
+    scores = {"eval/my@set/avg@2": 0.5, "eval/my@set/pass@2": 1.0, "eval/my@set/length": 3.0}
+    assert harness.eval_line(scores) == "my@set/avg@2 0.500  my@set/pass@2 1.000"
+    warn = harness.make_warner(dsrl.Args(), said.append)
+    warn({"step": 2, "policy/counted_samples": 8})
+    assert "warning" not in said[-1]
+    warn({"step": 3, "policy/counted_samples": 0})
+    assert said[-1].startswith("warning: step 3: no sample is in the loss")
+    flags = ["dsrl.py", "--preset", "smollm", "--preset=lab"]  # the last one counts
+    monkeypatch.setattr(sys, "argv", flags)
+    args = harness.parse_args(dsrl.Args)
+    assert (args.preset, args.dataset) == ("lab", "lab")
+
+
 def test_unwritable_folder():
     output = run("dsrl", Path("/proc/nowhere"), code=2)
     assert "error: the output folder cannot be written" in output
@@ -430,6 +529,10 @@ def test_engines_without_a_prompt(tmp_path):
         (dict(num_generations=1, advantage="reinforce++"), "makes every advantage 0"),
         (dict(eval_datasets=("a/test.jsonl", "b/test.jsonl")), "two evaluation sets have the name"),
         (dict(resume="auto"), "--resume needs --output-dir"),
+        (dict(seed=-1), "--seed must be from 0 to 4294967295, not -1"),
+        (dict(seed=2**32), "--seed must be from 0 to 4294967295"),
+        (dict(temperature=2.1), "--temperature must be at most 2"),
+        (dict(max_tokens_per_microbatch=0), "--max-tokens-per-microbatch must be positive"),
         (dict(track="wandb"), "pip install wandb"),
     ],
 )

@@ -39,10 +39,15 @@ verify/timeouts verify/errors time/rollout time/verify time/update time/sync tim
 throughput/rollout_tokens_per_s throughput/update_tokens_per_s memory/peak_gib""".split()
 
 
+def environment() -> dict[str, str]:
+    """This process's, without a rank's variables, which the fixture one_rank sets."""
+    return {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+
+
 def run(script: str, folder: Path, *flags: str, code: int = 0) -> str:
     """Run a script in the lab's setting, made smaller. Returns what the user sees."""
     command = [*warm.python(), f"{script}.py", *SMALL, "--output-dir", str(folder), *flags]
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    env = environment()
     if not torch.cuda.is_available():  # a machine without a C++ compiler, nothing compiled before
         nothing = str(ROOT / ".pytest_cache" / "nothing-compiled")
         env |= {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": nothing}
@@ -295,7 +300,7 @@ def run_copy(script: str, folder: Path, old: str, new: str, *flags: str) -> None
     folder.mkdir(parents=True)
     (folder / f"{script}.py").write_text(text.replace(old, new))
     words = [*warm.python(), str(folder / f"{script}.py"), *SMALL, *flags]
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    env = environment()
     done = subprocess.run(
         [*words, "--output-dir", str(folder / "run")],
         cwd=ROOT, env=env | {"PYTHONPATH": str(ROOT)}, text=True, capture_output=True, timeout=900,
