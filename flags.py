@@ -50,6 +50,8 @@ def unwritable(file: Path) -> str:
         open(file, "ab").close()  # tried, as permissions do not say it: root has all of them
         if new:
             file.unlink()
+    except FileExistsError:
+        return f"{file.parent} is a file"
     except OSError as error:
         return f"{error.strerror} ({error.filename})"
     return ""
