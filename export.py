@@ -15,6 +15,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from huggingface_hub import save_torch_state_dict
 
+import flags
 import harness
 import inputs
 import models
@@ -37,12 +38,11 @@ def main(args: Args) -> None:
         harness.fail(f"--output-dir {out} is not empty: give another folder")
     model = args.model or run["model"]
     try:
-        path = inputs.resolve_model(model)
-        if Path(path).is_dir():
-            models.check_folder(model, path)
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+        path = inputs.local_folder(inputs.resolve_model(model), inputs.SMALL_FILES)
+        models.check_folder(model, path)
+        from transformers import AutoConfig, AutoModelForCausalLM
 
-        config, tokenizer = AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+        config, tokenizer = AutoConfig.from_pretrained(path), inputs.load_tokenizer(path)
         with torch.device("meta"):
             lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except Exception as error:
@@ -57,10 +57,8 @@ def main(args: Args) -> None:
             f"--model {model} does not fit {source}: its config.json has other weights or shapes "
             f"({names}); give the model that was trained"
         )
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        harness.fail(f"--output-dir {out} cannot be made: {error.strerror}; give another folder")
+    if reason := flags.unwritable(out / "config.json"):
+        harness.fail(f"--output-dir {out} cannot be written: {reason}; give another folder")
     dcp.load(weights, checkpoint_id=source, no_dist=True)
     dtype = getattr(torch, run["dtype"])
     state = {name.removeprefix("model.lm."): w.to(dtype) for name, w in weights.items()}

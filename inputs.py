@@ -22,6 +22,7 @@ from harness import announce, fail, first_line, wait_for_all
 # -------------------------------------------------------------------------------------------- model
 
 HUB_OWNERS = {"Qwen": "Qwen", "Llama": "meta-llama", "SmolLM": "HuggingFaceTB"}
+SMALL_FILES = ["*.json", "*.txt", "*.jinja", "*.model"]  # of a model: all but the weights
 HUB_ID = r"\w[\w.-]*/[\w.-]+"  # OWNER/NAME
 
 
@@ -55,7 +56,7 @@ def load_model_files(args):
     fix_date(args)
     try:
         source = resolve_model(args.model)
-        path = local_folder(source, ["*.json", "*.txt", "*.jinja", "*.model"])
+        path = local_folder(source, SMALL_FILES)
         models.check_folder(args.model, path)
         config = AutoConfig.from_pretrained(path)
         lm = models.check_config(args.model, config)

@@ -171,7 +171,7 @@ def main(args: Args) -> None:
         harness.fail(f"--output {args.output} cannot be written: {reason}")
     torch.manual_seed(args.seed)
     try:
-        kinds = ["*.json", "*.txt", "*.jinja", "*.model", "model*.safetensors"]
+        kinds = [*inputs.SMALL_FILES, "model*.safetensors"]
         path = inputs.local_folder(inputs.resolve_model(args.model), kinds)
         models.check_folder(args.model, path)
         config = AutoConfig.from_pretrained(path)

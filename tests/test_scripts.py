@@ -194,8 +194,8 @@ def test_exports_that_are_refused(runs, tmp_path, tiny_model_dir, capsys):
     assert "is not a checkpoint" in refused(tmp_path, new)
     file = tmp_path / "file"
     file.touch()
-    for out in (file, file / "model"):
-        assert f"--output-dir {out} cannot be made" in refused(checkpoint, out)
+    for out in (file, file / "model", Path("/proc/new")):
+        assert f"--output-dir {out} cannot be written: " in refused(checkpoint, out)
     for name, damage in (
         ("args.json", Path.unlink),
         ("args.json", lambda file: file.write_text("{")),
