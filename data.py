@@ -33,6 +33,8 @@ def read_rows(name: str, split: str):
     Raises:
         ValueError, OSError or an error of a library: the data set cannot be read; str() says why.
     """
+    if name.startswith("~"):  # the shell leaves it in --dataset=~/x
+        name = str(Path(name).expanduser())
     path, _, subset = name.partition(":")
     if name in ("lab", "arithmetic"):
         from lab import arithmetic, task
@@ -44,7 +46,7 @@ def read_rows(name: str, split: str):
         yield from read_file(Path(name))
     elif Path(path).is_dir():
         yield from read_folder(path, subset, split)
-    elif name.startswith(("/", ".", "~")) or Path(name).suffix.lower() in FORMATS + OTHERS:
+    elif name.startswith(("/", ".")) or Path(name).suffix.lower() in FORMATS + OTHERS:
         raise ValueError("there is no such file or folder")
     else:
         yield from load_hub(name, split)

@@ -37,3 +37,21 @@ def changeable(script: str) -> set[str]:
     path = HERE / f"{script}.py"
     source = (path if path.is_file() else HERE / "grpo_baseline.py").read_text()
     return {field for section, field, *_ in read_flags(source) if section.endswith(MAY_CHANGE)}
+
+
+def unwritable(file: Path) -> str:
+    """Why the file that a flag names cannot be written, or ""; makes the folders above it.
+
+    Programs ask before they compute, as their result would be lost.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        new = not file.exists()
+        open(file, "ab").close()  # tried, as permissions do not say it: root has all of them
+        if new:
+            file.unlink()
+    except FileExistsError:
+        return f"{file.parent} is a file"
+    except OSError as error:
+        return f"{error.strerror} ({error.filename})"
+    return ""

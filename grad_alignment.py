@@ -32,6 +32,7 @@ import torch
 import torch.distributed as dist
 
 import common
+import data
 import grading
 import harness
 import inputs
@@ -342,13 +343,20 @@ MODES = ("careful", "careless")
 def read_modes(path: str, tokenizer, args) -> list[dict]:
     """The rows of --modes: prompt_ids of the problem, token ids of the two texts."""
     try:
-        rows = [json.loads(line) for line in Path(path).read_text().splitlines() if line.strip()]
-        modes = [{"problem": row["problem"]} for row in rows]
-        for mode, row in zip(modes, rows):
-            for name in MODES:
-                mode[name] = np.array(tokenizer.encode(row[name], add_special_tokens=False))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        harness.fail(f"--modes {path}: {harness.first_line(error)}; see --help for its columns")
+        rows = list(data.read_jsonl(Path(path)))
+    except (OSError, ValueError) as error:
+        harness.fail(f"--modes {path}: {harness.first_line(error)}")
+    modes = []
+    columns = {"problem": str | list, **dict.fromkeys(MODES, str)}  # a list: chat messages
+    for number, row in enumerate(rows):
+        for column, kinds in columns.items():
+            if not isinstance(row.get(column), kinds):
+                harness.fail(
+                    f"--modes {path}, row {number}: it needs text in the columns problem, careful "
+                    f"and careless, but {column} is no text; its columns are {', '.join(row)}"
+                )
+        texts = {k: tokenizer.encode(row[k], add_special_tokens=False) for k in MODES}
+        modes.append({"problem": row["problem"], **{k: np.array(ids) for k, ids in texts.items()}})
     if not modes or not all(len(mode[name]) for mode in modes for name in MODES):
         harness.fail(f"--modes {path}: it has no rows, or a text without tokens")
     return inputs.encode_prompts(modes, tokenizer, args)

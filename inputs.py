@@ -22,6 +22,8 @@ from harness import announce, fail, first_line, read_args, wait_for_all
 # -------------------------------------------------------------------------------------------- model
 
 HUB_OWNERS = {"Qwen": "Qwen", "Llama": "meta-llama", "SmolLM": "HuggingFaceTB"}
+SMALL_FILES = ["*.json", "*.txt", "*.jinja", "*.model"]  # of a model: all but the weights
+HUB_ID = r"\w[\w.-]*/[\w.-]+"  # OWNER/NAME
 
 
 def resolve_model(name: str) -> str:
@@ -30,8 +32,9 @@ def resolve_model(name: str) -> str:
     >>> resolve_model("Qwen2.5-Math-7B")
     'Qwen/Qwen2.5-Math-7B'
     """
-    if Path(name).is_dir():
-        return name
+    folder = Path(name).expanduser()  # the shell leaves the ~ of --model=~/x
+    if folder.is_dir():
+        return str(folder)
     if name == "smollm2":
         from lab import smollm2
 
@@ -41,8 +44,8 @@ def resolve_model(name: str) -> str:
         if owner is None:
             fail(f"--model {name}: no such folder or known family; give a hub id OWNER/NAME")
         return f"{owner}/{name}"
-    if name.startswith(("/", ".")):
-        fail(f"--model {name}: no such folder")
+    if not re.fullmatch(HUB_ID, name):
+        fail(f"--model {name}: no such folder; a hub id has the form OWNER/NAME")
     return name
 
 
@@ -53,7 +56,7 @@ def load_model_files(args):
     fix_date(args)
     try:
         source = resolve_model(args.model)
-        path = local_folder(source, ["*.json", "*.txt", "*.jinja", "*.model"])
+        path = local_folder(source, SMALL_FILES)
         models.check_folder(args.model, path)
         config = AutoConfig.from_pretrained(path)
         lm = models.check_config(args.model, config)
@@ -61,7 +64,7 @@ def load_model_files(args):
         models.check_checkpoint(args.model, path, lm)
         tokenizer = load_tokenizer(path)
     except Exception as error:
-        fail(f"--model {args.model} cannot be loaded: {first_line(error)}")
+        refuse_model(args.model, error)
     if off := models.dropouts(config):
         found = ", ".join(f"{key} {value:g}" for key, value in off.items())
         announce(f"config.json has {found}: training turns dropout off")
@@ -71,6 +74,13 @@ def load_model_files(args):
             f"{config.num_attention_heads} attention heads"
         )
     return path, config, tokenizer
+
+
+def refuse_model(name: str, error: Exception) -> None:
+    """End the program with the reason why --model cannot be loaded, on one line."""
+    hub = re.fullmatch(HUB_ID, name) and not Path(name).is_dir()
+    where = "there is no such folder, and for a hub id: " if hub else ""
+    fail(f"--model {name} cannot be loaded: {where}{first_line(error)}")
 
 
 def local_folder(source: str, kinds: list[str]) -> str:
@@ -85,7 +95,8 @@ def local_folder(source: str, kinds: list[str]) -> str:
         return source
     if os.environ.get("LOCAL_RANK", "0") == "0":
         snapshot_download(source, allow_patterns=kinds)
-    wait_for_all()
+    if dist.is_initialized():  # one_step.py has no other ranks
+        wait_for_all()
     return snapshot_download(source, local_files_only=True)
 
 
@@ -101,9 +112,16 @@ def fix_date(args) -> None:
 
 
 def load_tokenizer(path: str):
-    """The tokenizer that a folder's tokenizer.json defines."""
+    """The tokenizer that a folder's tokenizer.json defines.
+
+    Raises:
+        ValueError: the folder has no tokenizer; transformers might make an empty one.
+    """
     from transformers import AutoTokenizer
 
+    kinds = ("tokenizer.json", "tekken.json", "vocab.*", "*.model")
+    if not any(file for kind in kinds for file in Path(path).glob(kind)):
+        raise ValueError("the folder has no tokenizer.json; save the tokenizer there too")
     tokenizer = AutoTokenizer.from_pretrained(path)
     if not workarounds.fits_file(tokenizer, path):
         tokenizer = workarounds.tokenizer_of_file(path)
@@ -147,7 +165,10 @@ def find_stop_tokens(path: str, tokenizer, vocab_size: int) -> list[int]:
     found = {tokenizer.eos_token_id}
     file = Path(path) / "generation_config.json"
     if file.is_file():
-        ids = json.loads(file.read_text()).get("eos_token_id")
+        ids = models.read_json(path, file).get("eos_token_id")
+        for i in ids if isinstance(ids, list) else [ids]:
+            if not isinstance(i, int | None):
+                fail(f"{file}: eos_token_id must be a number or a list of numbers, not {i!r}")
         found |= set(ids) if isinstance(ids, list) else {ids}
     if tokenizer.chat_template:
         turn = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "It is two."}]

@@ -22,15 +22,42 @@ from harness import announce, fail, first_line
 # --------------------------------------------------------------------------------------- the folder
 
 
+# What is read of a folder, beside the weights. The libraries' errors do not name the file.
+JSON_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+JSON_FILES += ["special_tokens_map.json", "added_tokens.json", "vocab.json", "adapter_config.json"]
+JSON_FILES += ["model.safetensors.index.json"]
+
+
 def check_folder(name: str, path: str) -> None:
-    """Refuse a folder that is an adapter or has no config.json."""
+    """Refuse a folder that is an adapter, has no config.json, or has a broken JSON file."""
     folder = Path(path)
+    for file in JSON_FILES:
+        if (folder / file).is_file():
+            read_json(name, folder / file)
     if (folder / "adapter_config.json").is_file():
         base = json.loads((folder / "adapter_config.json").read_text())
         base = base.get("base_model_name_or_path") or "its base model"
         fail(f"--model {name} is an adapter of {base}: merge the two into one model first")
     if not (folder / "config.json").is_file():
         fail(f"--model {name}: the folder has no config.json; give a Hugging Face model folder")
+
+
+def read_json(name: str, file: Path) -> dict:
+    """The JSON object in a file of the model's folder.
+
+    Args:
+        name: --model, for error lines.
+    """
+    text = file.read_bytes()
+    if text.startswith(b"version https://git-lfs"):
+        fail(f"--model {name}: {file.name} is a Git LFS pointer; fetch the file with git lfs pull")
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        fail(f"--model {name}: {file.name} is not JSON ({first_line(error)}); fetch it again")
+    if not isinstance(content, dict):
+        fail(f"--model {name}: {file.name} is not a JSON object; fetch it again")
+    return content
 
 
 def weight_files(path: str) -> list[Path]:
@@ -40,7 +67,9 @@ def weight_files(path: str) -> list[Path]:
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
     if index.is_file():
-        file_of = json.loads(index.read_text())["weight_map"]  # of each tensor
+        file_of = json.loads(index.read_text()).get("weight_map")  # of each tensor
+        if not file_of or not isinstance(file_of, dict):
+            raise ValueError(f"{index.name} has no weight_map; fetch it again")
         return [folder / file for file in sorted(set(file_of.values()))]
     return []
 

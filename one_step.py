@@ -10,6 +10,7 @@ this with vLLM and FSDP2; tests/test_scripts.py compares three steps of each wit
 float64.
 """
 
+import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +19,11 @@ from typing import Literal
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig
 
+import flags
 import grading
 import harness
 import inputs
+import models
 from lab import page
 
 # The methods. r: rewards [P, G]; xs: the N = P * G prompts; bos: the start token. A method gives
@@ -161,14 +164,24 @@ def main(args: Args) -> None:
         harness.fail("--problem needs --answer, and --answer needs --problem: give both or neither")
     if args.responses < 2:
         harness.fail("--responses must be 2 or more, because A compares a response with its group")
+    for name in ("problems", "max_completion_length", "learning_rate"):
+        if not 0 < getattr(args, name) < math.inf:
+            harness.fail(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
+    if reason := flags.unwritable(Path(args.output)):
+        harness.fail(f"--output {args.output} cannot be written: {reason}")
     torch.manual_seed(args.seed)
     try:
-        path = inputs.resolve_model(args.model)
+        kinds = [*inputs.SMALL_FILES, "model*.safetensors"]
+        path = inputs.local_folder(inputs.resolve_model(args.model), kinds)
+        models.check_folder(args.model, path)
+        config = AutoConfig.from_pretrained(path)
+        # transformers would fill up a missing weight with random numbers
+        models.check_checkpoint(args.model, path, models.meta_model(config))
         tokenizer = inputs.load_tokenizer(path)
-        vocab_size = inputs.num_tokens(tokenizer, AutoConfig.from_pretrained(path))
+        vocab_size = inputs.num_tokens(tokenizer, config)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     except Exception as error:
-        harness.fail(f"--model {args.model} cannot be loaded: {harness.first_line(error)}")
+        inputs.refuse_model(args.model, error)
     model.resize_token_embeddings(vocab_size)  # ids that only pad the embeddings are never sampled
     bos = inputs.find_bos(tokenizer, args.bos_token)
     stop = inputs.find_stop_tokens(path, tokenizer, vocab_size)

@@ -2,14 +2,16 @@
 
     python plot.py runs/a runs/b runs/c --output curves.png
 
-Runs that differ only in their seed form a method. Its curve is the mean over the seeds, with a 95%
-band (Student's t) for three seeds or more; a panel's axis fits the curves and may cut bands. A
-dashed line marks the switch from phase pretrain to rl.
+Runs that differ only in their seed form a method. Its curve is the mean over the seeds at the steps
+that all of them have, with a 95% band (Student's t) for three seeds or more; a panel's axis fits
+the curves and may cut bands. A dashed line marks the switch from phase pretrain to rl. Folders that
+are no runs, such as those of evaluate.py, are left out.
 
 For each method the table has the final and the best held-out accuracy (avg@k, the mean over the
 evaluation sets), the steps and seconds to reach given accuracies (on the mean curve, interpolated
 between evaluations), the ratio of these steps to GRPO's, and the ratio of reflection and transition
-thoughts at --at-step to those at the start (the paper reports 6.54 and 14.89 at step 20).
+thoughts at --at-step, interpolated too, to those at the start (the paper reports 6.54 and 14.89 at
+step 20).
 """
 
 import csv
@@ -27,7 +29,9 @@ import flags
 
 NAMES = {"grpo_baseline": "GRPO", "prerl": "PreRL", "nsr_prerl": "NSR-PreRL", "dsrl": "DSRL"}
 SHORT = {"warmup_steps": "S", "learning_rate": "lr"}
-NO_METHOD = {"script", "seed", "date", "context"}  # in args.json beside what flags.py says
+# In args.json beside what flags.py says; read_run() adds the folder.
+NO_METHOD = {"script", "seed", "date", "context", "folder"}
+PICTURES = (".png", ".pdf", ".svg", ".eps", ".jpg", ".jpeg", ".tif", ".tiff", ".webp")
 # Okabe and Ito's colours, told apart by colour-blind readers, and a line style for print.
 COLOURS = ["#000000", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#8C8C00"]
 STYLES = ["-", "--", "-.", ":"]
@@ -63,22 +67,53 @@ def fail(message: str) -> None:
     sys.exit(2)
 
 
-def read_run(folder: Path) -> tuple[dict, list[dict]]:
-    """The flags in args.json and the rows of metrics.jsonl; refuses a folder without them."""
-    folder = Path(folder)
+def check_outputs(args: Args) -> None:
+    """Refuse a picture or table that cannot be written, and make the folders for them."""
+    if args.output.suffix.lower() not in PICTURES:
+        fail(f"--output {args.output}: a picture's name must end in {', '.join(PICTURES)}")
+    for flag, file in (("output", args.output), ("csv", args.csv)):
+        if file and (reason := flags.unwritable(file)):
+            fail(f"--{flag} {file} cannot be written: {reason}")
+
+
+def no_run(folder: Path) -> str:
+    """Why the folder is not that of a run with a step; "" if it is."""
     for name in ("args.json", "metrics.jsonl"):
         if not (folder / name).is_file():
-            fail(f"{folder} is not the folder of a run: it has no {name}")
+            return f"it has no {name}"
+    if not (folder / "metrics.jsonl").stat().st_size:
+        return "its metrics.jsonl is empty, as no step has ended yet"
+    return ""
+
+
+def read_runs(folders: list[Path]) -> list[tuple[dict, list]]:
+    """read_run() of each folder, once; folders of other programs, which runs/* has, are left out.
+
+    Refuses a folder that does not exist, and folders of which none is a run.
+    """
+    different = list({Path(folder).resolve(): Path(folder) for folder in folders}.values())
+    for folder in different:
+        if not folder.exists():
+            fail(f"{folder} is not the folder of a run: it does not exist")
+    reasons = {folder: no_run(folder) for folder in different}
+    others = [f"{folder} ({reason})" for folder, reason in reasons.items() if reason]
+    if len(others) == len(different):
+        fail(f"{different[0]} is not the folder of a run: {reasons[different[0]]}")
+    if others:
+        print(f"no runs, so left out: {', '.join(others)}")
+    return [read_run(folder) for folder, reason in reasons.items() if not reason]
+
+
+def read_run(folder: Path) -> tuple[dict, list[dict]]:
+    """The flags in args.json, with the folder, and the rows of metrics.jsonl."""
     try:
         args = json.loads((folder / "args.json").read_text())
         lines = (folder / "metrics.jsonl").read_text().splitlines()
         rows = [json.loads(line) for line in lines]
     except json.JSONDecodeError as error:
         fail(f"{folder}: broken JSON in args.json or metrics.jsonl ({error})")
-    if not rows:
-        fail(f"{folder}: metrics.jsonl is empty, as no step has ended yet")
     args.setdefault("script", folder.resolve().name.split("__")[0])
-    return args, rows
+    return args | {"folder": str(folder)}, rows
 
 
 def group_runs(runs: list[tuple[dict, list]]) -> dict[str, list[tuple[dict, list]]]:
@@ -94,6 +129,32 @@ def group_runs(runs: list[tuple[dict, list]]) -> dict[str, list[tuple[dict, list
                 label += f", {SHORT.get(flag, flag.replace('_', '-'))} {short(value, others)}"
         groups.setdefault(label, []).append((args, rows))
     return groups
+
+
+def refuse_copies(groups: dict) -> None:
+    """Refuse two runs of a method with one seed: a copy or repetition is no second seed."""
+    for label, group in groups.items():
+        first = {}
+        for args, _ in group:
+            seed, folder = args.get("seed"), args["folder"]
+            if first.setdefault(seed, folder) != folder:
+                fail(
+                    f"{first[seed]} and {folder} are both {label} with seed {seed}, so they are "
+                    "not two seeds: leave one out"
+                )
+
+
+def note_short_runs(groups: dict) -> None:
+    """Print a line for each run that ends before others of its method."""
+    for label, group in groups.items():
+        ends = {args["folder"]: last_step(rows) for args, rows in group}
+        for folder, end in ends.items():
+            if end == min(ends.values()) < max(ends.values()):
+                print(f"{label}: {folder} ends at step {end}, and so do the means over seeds")
+
+
+def last_step(rows: list[dict]) -> int:
+    return max(row["step"] for row in rows)
 
 
 def short(value, others: list) -> str:
@@ -116,14 +177,21 @@ def short(value, others: list) -> str:
 
 
 def curve(group: list, pick) -> list[tuple[float, float, float]]:
-    """[(step, mean over seeds, half-width of the 95% band)] of the finite values of pick(row)."""
-    values = {}
+    """[(step, mean over seeds, half-width of the 95% band)] of the finite values of pick(row).
+
+    Only of steps at which every run has a value, as a mean over fewer seeds would make a jump. Runs
+    without any value do not count.
+    """
+    runs = []
     for _, rows in group:
-        for row in rows:
-            value = pick(row)
-            if value is not None and math.isfinite(value):
-                values.setdefault(row["step"], []).append(value)
-    return [(step, mean(v), half_width(v)) for step, v in sorted(values.items())]
+        picked = {row["step"]: pick(row) for row in rows}
+        runs.append({s: v for s, v in picked.items() if v is not None and math.isfinite(v)})
+    runs = [run for run in runs if run]
+    points = []
+    for step in sorted(set.intersection(*map(set, runs)) if runs else []):
+        values = [run[step] for run in runs]
+        points.append((step, mean(values), half_width(values)))
+    return points
 
 
 def half_width(values: list[float]) -> float:
@@ -161,19 +229,25 @@ def reached(points: list[tuple], threshold: float) -> float | None:
 
 
 def seconds_to(group: list, step: float) -> float:
-    """Seconds of the steps up to `step`, which may be a fraction: the mean over seeds."""
+    """Seconds of the steps up to `step`, which may be a fraction: the mean over seeds.
+
+    Of the runs that reach the step; curve() makes sure that some do.
+    """
     totals = []
     for _, rows in group:
+        if last_step(rows) < step:
+            continue
         times = [(row["step"], row["time/step"]) for row in rows if row.get("time/step")]
         totals.append(sum(t * min(1.0, max(0.0, step - (s - 1))) for s, t in times))
     return mean(totals)
 
 
 def multiple(group: list, kind: str, at_step: int) -> float | None:
-    """The ratio of a kind of thoughts at the step nearest to `at_step` to those at the start.
+    """The ratio of a kind of thoughts at `at_step`, interpolated linearly, to those at the start.
 
     Thoughts are counted in the evaluations (start: step 0), or without evaluations in the training
-    samples (start: step 1, before any update). None if there are none at the start.
+    samples (start: step 1, before any update). None if there are none at the start, or if the runs
+    end before `at_step`.
     """
 
     def on_eval(row):
@@ -181,9 +255,14 @@ def multiple(group: list, kind: str, at_step: int) -> float | None:
         return mean(values) if values else None
 
     points = curve(group, on_eval) or curve(group, lambda row: row.get(kind))
-    if not points or not points[0][1]:
+    if not points or not points[0][1] or not points[0][0] <= at_step <= points[-1][0]:
         return None
-    return min(points, key=lambda p: abs(p[0] - at_step))[1] / points[0][1]
+    (step0, value0), (step1, value1) = (
+        max(p[:2] for p in points if p[0] <= at_step),
+        min(p[:2] for p in points if p[0] >= at_step),
+    )
+    share = (at_step - step0) / (step1 - step0) if step1 > step0 else 0.0
+    return (value0 + share * (value1 - value0)) / points[0][1]
 
 
 def table(groups: dict, thresholds: tuple[float, ...], at_step: int) -> list[list[str]]:
@@ -299,7 +378,9 @@ def draw_panels(groups: dict, output: Path) -> None:
 
 def draw(folders: list[Path], output: Path, thresholds=(), at_step: int = 20) -> list[list[str]]:
     """Draw the runs in `folders` to the file `output`. Returns the table, header first."""
-    groups = group_runs([read_run(folder) for folder in folders])
+    groups = group_runs(read_runs(folders))
+    refuse_copies(groups)
+    note_short_runs(groups)
     order = list(NAMES.values())  # the scripts' order, whichever way the folders came
     rank = {name: i for i, name in enumerate(order)}
     groups = dict(sorted(groups.items(), key=lambda item: rank.get(item[0].split(",")[0], 9)))
@@ -320,8 +401,7 @@ def aligned(lines: list[list[str]]) -> str:
 def main(args: Args) -> None:
     if not args.runs:
         fail("no run is given: name the folder of at least one run")
-    if not args.output.parent.is_dir():
-        fail(f"--output {args.output}: the folder {args.output.parent} does not exist")
+    check_outputs(args)
     lines = draw(list(args.runs), args.output, args.thresholds, args.at_step)
     print(aligned(lines))
     print(f"curves in {args.output}")

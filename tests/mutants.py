@@ -50,7 +50,7 @@ PROMPTS = (
 BOXES = "tests/test_grading.py -k 'boxed or right_and_wrong or conventions or bad_references'"
 HANGS = "tests/test_grading.py -k never_end"
 THOUGHTS = "tests/test_thoughts.py -k 'not linear'"
-PLOT = "tests/test_plot.py -k 'bands or table or methods'"
+PLOT = "tests/test_plot.py -k 'bands or table or methods or unequal or at_a_step'"
 FIGURES = "tests/test_evaluate.py -k 'summary or as_the_hub or in_any_order or two_sets'"
 POLICY = (
     "tests/test_policy.py "
@@ -74,7 +74,7 @@ SIGNS = "tests/test_scripts.py -k left_out"
 RESUMED = "tests/test_scripts.py -k resume_in"
 TWO_RANKS = "tests/test_scripts.py -k 'two_processes and nsr_prerl'"
 EXPORT = "tests/test_scripts.py -k becomes_a_model"
-PARTS = "tests/test_evaluate.py -k test_parts"
+PARTS = "tests/test_evaluate.py -k 'test_parts or content_of'"
 FULL = "tests/test_reliability.py -k disk_full_while"
 LOST = "tests/test_reliability.py -k lost_terminal"
 WHICH = "tests/test_reliability.py -k which_checkpoint"
@@ -227,6 +227,12 @@ MUTANTS = [
     Mutant("plot: standard deviation for the mean's", PLOT, "plot.py",
            "t * stdev(values) / n**0.5", "t * stdev(values)"),
     Mutant("plot: seconds of one step less", PLOT, "plot.py", "step - (s - 1)", "step - s"),
+    Mutant("plot: seconds of runs that end before", PLOT, "plot.py",
+           "if last_step(rows) < step:", "if False:"),
+    Mutant("plot: means over fewer seeds", PLOT, "plot.py",
+           "values = [run[step] for run in runs]", "values = [run[step] for run in runs][:2]"),
+    Mutant("plot: thoughts of the evaluation before", PLOT, "plot.py",
+           "(at_step - step0) / (step1 - step0) if step1 > step0 else 0.0", "0.0"),
     Mutant("evaluation: samples of other problems", FIGURES, "common.py",
            ".reshape(-1, k)  # [problems, k]", ".reshape(k, -1).T"),
     Mutant("evaluation: error with ddof 0", FIGURES, "common.py", ".std(ddof=1)", ".std()"),
@@ -466,6 +472,10 @@ MUTANTS = [
            'problem["id"] not in done[0]', 'problem["id"] not in set()'),
     Mutant("evaluation's resume: a part that was cut in writing", PARTS, "evaluate.py",
            'temporary = part.with_suffix(".tmp")', "temporary = part"),
+    Mutant("evaluation's resume: other answers", PARTS, "evaluate.py",
+           'row["prompt_ids"], row["answer"]]', 'row["prompt_ids"]]'),
+    Mutant("evaluation's resume: whatever the parts are of", PARTS, "evaluate.py",
+           "if before.get(name) != value", "if False"),
     Mutant("evaluation: problem and sample swapped", PARTS, "evaluate.py",
            'sample=s["index"] % k', 'sample=s["index"] // k'),
     Mutant("evaluation: samples of the next problem", PARTS, "evaluate.py",

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import subprocess
+import types
 from pathlib import Path
 
 import numpy as np
@@ -227,14 +228,38 @@ def test_modes_equal_finite_differences(measured, tmp_path):
                 assert moved == pytest.approx((after - before) / 1e-2, rel=0.02, abs=1e-3), name
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"problem": "Q 81#3 A"}', None])
-def test_modes_that_cannot_be_read(tmp_path, text, capsys):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "it has no rows"),
+        ("{", "line 1 is not one JSON object"),
+        ("[1]", "line 1 is not one JSON object"),
+        ('{"problem": "Q 81#3 A", "short": "8"}', "careful is no text; its columns are problem, s"),
+        ('{"problem": "Q 81#3 A", "careful": "8", "careless": ["8"]}', "careless is no text"),
+        ('{"problem": "Q 81#3 A", "careful": "", "careless": "8"}', "a text without tokens"),
+        (None, "No such file"),
+    ],
+)
+def test_modes_that_cannot_be_read(tmp_path, text, message, capsys):
     path = tmp_path / "modes.jsonl"
     if text is not None:
         path.write_text(text)
     with pytest.raises(SystemExit):
         grad_alignment.read_modes(str(path), AutoTokenizer.from_pretrained(BASE), None)
-    assert capsys.readouterr().err.startswith(f"error: --modes {path}: ")
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: --modes {path}") and message in said and said.count("\n") == 1
+
+
+def test_modes_of_a_chat(tmp_path):
+    """Also where the problem is a list of messages, as in study/results/smollm_modes.jsonl."""
+    chat = [{"role": "user", "content": text} for text in ("Q 8", "1#3 A")]
+    row = {"problem": chat, "careful": "81", "careless": "8"}
+    (tmp_path / "modes.jsonl").write_text(json.dumps(row))
+    args = types.SimpleNamespace(system_prompt="")
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    [mode] = grad_alignment.read_modes(str(tmp_path / "modes.jsonl"), tokenizer, args)
+    assert mode["prompt_ids"] == tokenizer.encode("Q 8\n\n1#3 A")
+    assert mode["careful"].tolist() == tokenizer.encode("81", add_special_tokens=False)
 
 
 def test_two_ranks_equal_one(measured, tmp_path):

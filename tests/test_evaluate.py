@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -15,6 +16,7 @@ import pyarrow.parquet
 import pytest
 import torch.distributed as dist
 import warm
+from safetensors.torch import load_file, save_file
 from test_scripts import AUTHORS, metrics, run
 
 import common
@@ -174,12 +176,49 @@ def test_parts(group_of_one, tmp_path, monkeypatch):
 
 
 def test_repeated_problems_count_once(tmp_path):
-    data = tmp_path / "twice.jsonl"
+    """And a finished evaluation is not continued with other problems or weights of one name."""
+    data, model = tmp_path / "twice.jsonl", tmp_path / "model"
+    shutil.copytree(ROOT / "lab" / "base", model)
     rows = [{"problem": f"Q {v}#3 A", "answer": "01"} for v in (12, 34, 12, 34, 56)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    evaluate(tmp_path / "out", "--datasets", data, "--num-samples", 3)
-    assert results(tmp_path / "out")["twice"]["problems"] == 3
-    assert set(results(tmp_path / "out")["twice"]) >= {"pass@1", "pass@2", "pass@3", "avg@3"}
+    out, flags = tmp_path / "out", ["--datasets", data, "--num-samples", 3, "--model", model]
+    evaluate(out, *flags)
+    assert results(out)["twice"]["problems"] == 3
+    assert set(results(out)["twice"]) >= {"pass@1", "pass@2", "pass@3", "avg@3"}
+
+    kept = (out / "results.json").read_bytes()
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"][-1] += 0.01
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    output = evaluate(out, *flags, "--resume", "--num-processes", 2, code=2)
+    assert output.count("error: ") == 1 and f"cannot continue {out}: the model changed" in output
+    data.write_text(data.read_text().replace("01", "02"))
+    output = evaluate(out, *flags, "--resume", code=2)
+    assert f"the model and data set {data} changed since" in output
+    assert (out / "results.json").read_bytes() == kept
+
+
+def test_content_of_an_evaluation(group_of_one, tmp_path, capsys):
+    """Copies and other times of files are no change; folders without the note go on."""
+    base, problem = ROOT / "lab" / "base", {"id": 0, "prompt_ids": [1, 2], "answer": "3"}
+    content = program.content_of(str(base), {"a": [problem]})
+    copy = shutil.copytree(base, tmp_path / "copy", copy_function=shutil.copyfile)
+    assert program.content_of(str(copy), {"a": [problem]}) == content
+    for change in ({"id": 1}, {"prompt_ids": [1]}, {"answer": "4"}):
+        other = program.content_of(str(copy), {"a": [problem | change]})
+        assert other.keys() == content.keys() and other["the model"] == content["the model"]
+        assert other["data set a"] != content["data set a"]
+
+    program.refuse_other_content(tmp_path, other)
+    program.refuse_other_content(tmp_path, content)  # nothing is finished yet
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "a_000000.parquet").touch()
+    program.refuse_other_content(tmp_path, content)
+    with pytest.raises(SystemExit):
+        program.refuse_other_content(tmp_path, other)
+    assert "data set a changed since it began" in capsys.readouterr().err
+    (tmp_path / "content.json").unlink()  # as in a folder of an earlier version
+    program.refuse_other_content(tmp_path, other)
 
 
 def test_rows_as_the_hub_sets_have_them(tmp_path, capsys):

@@ -114,6 +114,14 @@ def change_config(folder: Path, **changes) -> None:
         ("config", "the folder has no config.json"),
         ("classifier", "must name Qwen2ForCausalLM, not Qwen2ForSequenceClassification"),
         ("code", "cannot be loaded"),
+        ("config {", "config.json is not JSON"),
+        ("config []", "config.json is not a JSON object"),
+        ("generation_config {", "generation_config.json is not JSON"),
+        ("tokenizer {", "tokenizer.json is not JSON"),
+        ("tokenizer version https://git-lfs.github.com/spec/v1", "tokenizer.json is a Git LFS"),
+        ("model.safetensors.index {", "model.safetensors.index.json is not JSON"),
+        ("model.safetensors.index {}", "model.safetensors.index.json has no weight_map"),
+        ("no tokenizer", "the folder has no tokenizer.json"),
     ],
 )
 def test_checkpoints_that_cannot_be_used(folder, capsys, fault, message):
@@ -156,8 +164,28 @@ def test_checkpoints_that_cannot_be_used(folder, capsys, fault, message):
         change_config(folder, architectures=["Qwen2ForSequenceClassification"])
     elif fault == "code":
         change_config(folder, model_type="mine")
+    elif fault == "no tokenizer":
+        for tokens in folder.glob("tokenizer*"):
+            tokens.unlink()
+    elif " " in fault:
+        name, _, content = fault.partition(" ")
+        if "index" in name:
+            file.unlink()
+        (folder / f"{name}.json").write_text(content)
     capsys.readouterr()
     assert message in refused(folder, capsys)
+
+
+def test_names_of_models(tmp_path, one_rank, capsys, monkeypatch):
+    """A path that is mistyped is not taken for a hub id; ~ is the home folder."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "here").mkdir()
+    assert inputs.resolve_model("~/here") == str(tmp_path / "here")
+    assert inputs.resolve_model("Qwen/Qwen3-4B") == "Qwen/Qwen3-4B"
+    for name in ("runs/x/model", "~/nomodel", "./nomodel", "/no/model", "Qwen/"):
+        assert f"--model {name}: no such folder" in refused(name, capsys)
+    said = refused("no/such", capsys)
+    assert "--model no/such cannot be loaded: there is no such folder, and for a hub id: " in said
 
 
 def test_tensors_that_are_not_the_models(folder, capsys):

@@ -239,6 +239,14 @@ def test_half_a_character(tmp_path, capsys):
         assert f"row 0, column {column}: the text has half a character" in refusal(capsys, name)
 
 
+def test_the_home_folder(tmp_path, monkeypatch, capsys):
+    """A ~ that the shell has left, as in --dataset=~/a.jsonl."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "a.jsonl", [{"problem": "1+1", "answer": "2"}])
+    assert load("~/a.jsonl") == [("1+1", "2")]
+    assert "there is no such file or folder" in refusal(capsys, "~/b.jsonl")
+
+
 def test_folders(tmp_path, capsys):
     """Shards without a split in their names, those with one, and what is no data set."""
     rows = [{"problem": f"p{i}", "answer": str(i)} for i in range(4)]

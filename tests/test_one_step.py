@@ -1,6 +1,7 @@
 """one_step.py and its page: the values are true, and a browser shows them."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import warm
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import one_step
@@ -91,8 +93,32 @@ def test_the_pages_in_docs_are_lab_pages(name):
 def test_a_group_without_contrast_is_refused(tmp_path):
     flags = ["--problem", "Q 67#3 A", "--answer", "77", "--output", str(tmp_path / "a.html")]
     assert "has correct and incorrect ones" in run(*flags, code=2)
-    assert "--problem needs --answer" in run("--problem", "Q 67#3 A", code=2)
-    assert "--model no/such cannot be loaded" in run("--model", "no/such", code=2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_input(tmp_path, capsys):
+    """One line, before any computing: without random numbers for a weight, and nothing lost."""
+    lame = Path(shutil.copytree(ROOT / "lab" / "base", tmp_path / "lame"))
+    weights = load_file(lame / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, lame / "model.safetensors", {"format": "pt"})
+    for flags, message in (
+        ({"model": str(lame)}, "lacks 1 weights of a Qwen3ForCausalLM: model.norm.weight"),
+        ({"model": str(tmp_path)}, "the folder has no config.json"),
+        ({"model": "no/such"}, "--model no/such cannot be loaded: there is no such folder"),
+        ({"output": str(lame / "config.json" / "a.html")}, "config.json is a file"),
+        ({"output": str(tmp_path)}, "cannot be written: Is a directory"),
+        ({"max_completion_length": 0}, "--max-completion-length must be positive, not 0"),
+        ({"problems": -1}, "--problems must be positive, not -1"),
+        ({"learning_rate": math.nan}, "--learning-rate must be positive, not nan"),
+        ({"problem": "Q 67#3 A"}, "--problem needs --answer"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            one_step.main(one_step.Args(**{"output": str(tmp_path / "a.html"), **flags}))
+        lines = capsys.readouterr().err.splitlines()
+        assert end.value.code == 2 and len(lines) == 1, lines
+        assert lines[0].startswith("error: --") and message in lines[0]
+    assert "--problems must be positive" in run("--problems", "0", code=2)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 from pathlib import Path
 from statistics import mean
@@ -152,12 +153,92 @@ def test_switch_is_marked(runs, tmp_path, monkeypatch):
         assert set(texts) == wanted
 
 
+def test_runs_of_unequal_length(runs, tmp_path, capsys):
+    """Means over steps that all seeds have, seconds of runs that get there, and a line about it."""
+    short = write_run(tmp_path / "g3", "grpo_baseline", {0: 0.2, 20: 0.6}, seed=3, steps=25)
+    lines = plot.draw([*runs[3:], short], tmp_path / "c.png", (0.55, 0.7), at_step=20)
+    rows = dict(zip(lines[0], lines[1]))
+    # The mean of .2, .3, .2 is .233 at 0; of .6, .7, .6 it is .633 at 20. No step 40.
+    assert rows["final"] == rows["best"] == "0.633" and rows["seeds"] == "3"
+    step = 20 * (0.55 - 0.7 / 3) / 0.4
+    assert lines[1][4:6] == [f"{step:.1f}", f"{2 * step:.0f}"] and lines[1][7:9] == ["-", "-"]
+    said = capsys.readouterr().out.splitlines()
+    assert said == [f"GRPO: {short} ends at step 25, and so do the means over seeds"]
+    # A step that only one run reaches is not cheap; a run without evaluations has no part.
+    rows = [plot.read_run(folder) for folder in (runs[3], short)]
+    assert plot.seconds_to(rows, 30) == 60 and plot.seconds_to(rows, 10) == 20
+    none = plot.read_run(write_run(tmp_path / "none", "grpo_baseline", {}, seed=4))
+    assert plot.curve([rows[0], none], plot.accuracy) == plot.curve([rows[0]], plot.accuracy)
+    # Alone, the short run is drawn to its end.
+    points = plot.curve([rows[1]], lambda row: row.get("reward/mean"))
+    assert points[-1][0] == 25
+
+
+def test_thoughts_at_a_step(runs):
+    """Between two evaluations, on the line between them; "-" where the run has no such step."""
+    group = [plot.read_run(runs[3])]
+    for at_step, ratio in ((0, 1), (10, 10.5 / 0.5), (20, 41), (41, None)):
+        found = plot.multiple(group, "thoughts/transition", at_step)
+        assert found == (ratio and pytest.approx(ratio)), at_step
+    assert plot.multiple(group, "thoughts/reflection", 40) == 40
+    assert plot.multiple(group, "thoughts/reflection", 0) is None  # training begins at step 1
+
+
+def plot_command(*words) -> subprocess.CompletedProcess:
+    command = [*warm.python(), "plot.py", *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False)
+
+
 def test_as_a_command(runs, tmp_path):
-    command = [*warm.python(), "plot.py", *map(str, runs), "--output", str(tmp_path / "c.png")]
-    command += ["--csv", str(tmp_path / "c.csv")]
-    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False)
+    """Files in new folders; a run that is named twice; folders and files beside the runs."""
+    evaluation, file = tmp_path / "evaluate__x", tmp_path / "old.png"
+    evaluation.mkdir()
+    (evaluation / "args.json").write_text("{}")
+    file.touch()
+    table = tmp_path / "new" / "tables" / "c.csv"
+    again = f"{runs[0]}/../{runs[0].name}"
+    words = [*runs, again, evaluation, file, "--output", tmp_path / "new" / "c.PNG", "--csv", table]
+    done = plot_command(*words)
     assert done.returncode == 0, done.stderr
-    assert "DSRL, S 10" in done.stdout and len((tmp_path / "c.csv").read_text().splitlines()) == 4
+    rows = table.read_text().splitlines()
+    assert "DSRL, S 10" in done.stdout and len(rows) == 4 and '"DSRL, S 10",2,' in rows[2]
+    said = f"{evaluation} (it has no metrics.jsonl), {file} (it has no args.json)"
+    assert done.stdout.splitlines()[0] == f"no runs, so left out: {said}"
+    assert (tmp_path / "new" / "c.PNG").is_file()
+
+
+def test_a_copy_is_no_second_seed(runs, tmp_path):
+    copy = shutil.copytree(runs[0], tmp_path / "copy")
+    done = plot_command(*runs, copy, "--output", tmp_path / "c.png")
+    assert done.returncode == 2 and done.stderr.splitlines() == [
+        f"error: {runs[0]} and {copy} are both DSRL, S 10 with seed 1, so they are not two seeds: "
+        "leave one out"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flag", "name", "message"),
+    [
+        ("--output", "c.xyz", "a picture's name must end in .png, .pdf, "),
+        ("--output", "curves", "a picture's name must end in .png, .pdf, "),
+        ("--output", "d1.png", "cannot be written: Is a directory"),
+        ("--output", "file/c.png", "cannot be written: "),
+        ("--output", "/proc/c.png", "cannot be written: "),
+        ("--csv", "file/new/c.csv", "cannot be written: "),
+        ("--csv", "d1.png", "cannot be written: Is a directory"),
+    ],
+)
+def test_files_that_cannot_be_written(tmp_path, capsys, flag, name, message):
+    """Before any run is read: there is none."""
+    (tmp_path / "d1.png").mkdir()
+    (tmp_path / "file").touch()
+    words = {"--output": tmp_path / "c.png"} | {flag: tmp_path / name}
+    args = plot.Args((tmp_path / "none",), output=words["--output"], csv=words.get("--csv"))
+    with pytest.raises(SystemExit) as end:
+        plot.main(args)
+    lines = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and len(lines) == 1, lines
+    assert lines[0].startswith(f"error: {flag} {tmp_path / name}") and message in lines[0]
 
 
 @pytest.mark.parametrize(
@@ -168,11 +249,11 @@ def test_as_a_command(runs, tmp_path):
         (lambda run: (run / "metrics.jsonl").write_text(""), "is empty"),
         (lambda run: (run / "metrics.jsonl").write_text('{"step": '), "broken JSON"),
         (lambda run: run.rename(run.parent / "gone"), "is not the folder of a run"),
+        (lambda run: run.rename(run.parent / "x").with_name("d1").touch(), "has no args.json"),
     ],
 )
 def test_bad_input(runs, tmp_path, damage, message):
     damage(runs[0])
-    command = [*warm.python(), "plot.py", str(runs[0]), "--output", str(tmp_path / "c.png")]
-    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False)
+    done = plot_command(runs[0], "--output", tmp_path / "c.png")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: ") and message in done.stderr

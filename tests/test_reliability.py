@@ -611,6 +611,9 @@ def test_what_ends_a_response(tiny_model_dir, tmp_path, family):
         assert inputs.find_stop_tokens(tmp_path, tokenizer, len(tokenizer)) == sorted({*ids, 7})
     tokenizer.chat_template = tokenizer.eos_token = None
     assert inputs.find_stop_tokens(tmp_path, tokenizer, len(tokenizer)) == [2, 7]  # of the file
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": ["</s>"]}')
+    with pytest.raises(SystemExit):
+        inputs.find_stop_tokens(tmp_path, tokenizer, len(tokenizer))
     (tmp_path / "generation_config.json").unlink()
     with pytest.raises(SystemExit):
         inputs.find_stop_tokens(tmp_path, tokenizer, len(tokenizer))

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import export
 import inputs
 import one_step
 from lab import task
@@ -177,6 +178,41 @@ def test_a_checkpoint_becomes_a_model(runs, tmp_path):
     )
     half = weights(tmp_path / "half")
     assert all(torch.equal(half[name], w.bfloat16()) for name, w in exported.items())
+
+
+def test_exports_that_are_refused(runs, tmp_path, tiny_model_dir, capsys):
+    """In one line, and before anything is written."""
+    checkpoint = next((runs["grpo_baseline"] / "checkpoints").iterdir())
+
+    def refused(source: Path, out: Path, model: str = "") -> str:
+        with pytest.raises(SystemExit) as end:
+            export.main(export.Args(str(source), str(out), model))
+        lines = capsys.readouterr().err.splitlines()
+        assert end.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: --"), lines
+        return lines[0]
+
+    new = tmp_path / "new"
+    assert "does not fit" in refused(checkpoint, new, tiny_model_dir)
+    assert "there is no such folder" in refused(checkpoint, new, "no/such")
+    assert "no such folder" in refused(checkpoint, new, "runs/x/model")
+    assert "has no config.json" in refused(checkpoint, new, str(tmp_path))
+    assert "is not a checkpoint" in refused(tmp_path, new)
+    file = tmp_path / "file"
+    file.touch()
+    for out in (file, file / "model", Path("/proc/new")):
+        assert f"--output-dir {out} cannot be written: " in refused(checkpoint, out)
+    for name, damage in (
+        ("args.json", Path.unlink),
+        ("args.json", lambda file: file.write_text("{")),
+        (".metadata", lambda file: file.write_bytes(b"")),
+        ("__0_0.distcp", Path.unlink),
+        ("__0_0.distcp", lambda file: file.write_bytes(file.read_bytes()[:-1])),
+    ):
+        copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+        damage(copy / name)
+        assert "copy is damaged: " in refused(copy, new)
+        shutil.rmtree(copy)
+    assert not new.exists()
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
