@@ -81,11 +81,9 @@ def read_checkpoint(source: Path) -> tuple[dict, dict[str, torch.Size]]:
     except Exception as error:
         reason = harness.first_line(error)
         harness.fail(f"--checkpoint {source} is damaged: {reason}; give another checkpoint")
-    for place in metadata.storage_data.values():
-        file = source / place.relative_path
-        if not file.is_file() or file.stat().st_size < place.offset + place.length:
-            reason = f"{file.name} is missing or cut off"
-            harness.fail(f"--checkpoint {source} is damaged: {reason}; give another checkpoint")
+    if not harness.is_whole(source):
+        reason = "a file is missing or cut off"
+        harness.fail(f"--checkpoint {source} is damaged: {reason}; give another checkpoint")
     found = metadata.state_dict_metadata.items()
     return run, {name: item.size for name, item in found if hasattr(item, "size")}
 

@@ -5,7 +5,6 @@ Bad input ends the program with one line: harness.fail().
 
 import collections
 import datetime
-import json
 import os
 import random
 import re

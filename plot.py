@@ -4,8 +4,8 @@
 
 Runs that differ only in their seed form a method. Its curve is the mean over the seeds at the steps
 that all of them have, with a 95% band (Student's t) for three seeds or more; a panel's axis fits
-the curves and may cut bands. A dashed line marks the switch from phase pretrain to rl. Folders that
-are no runs, such as those of evaluate.py, are left out.
+the curves and may cut bands. Runs of one method and seed get a curve each. A dashed line marks the
+switch from phase pretrain to rl. Folders that are no runs, such as evaluate.py's, are left out.
 
 For each method the table has the final and the best held-out accuracy (avg@k, the mean over the
 evaluation sets), the steps and seconds to reach given accuracies (on the mean curve, interpolated
@@ -131,17 +131,16 @@ def group_runs(runs: list[tuple[dict, list]]) -> dict[str, list[tuple[dict, list
     return groups
 
 
-def refuse_copies(groups: dict) -> None:
-    """Refuse two runs of a method with one seed: a copy or repetition is no second seed."""
+def separate_repeats(groups: dict) -> dict:
+    """Groups in which no seed repeats: such runs get a curve each, with their folder's name."""
+    result = {}
     for label, group in groups.items():
-        first = {}
-        for args, _ in group:
-            seed, folder = args.get("seed"), args["folder"]
-            if first.setdefault(seed, folder) != folder:
-                fail(
-                    f"{first[seed]} and {folder} are both {label} with seed {seed}, so they are "
-                    "not two seeds: leave one out"
-                )
+        seeds = {args.get("seed") for args, _ in group}
+        folders = [args["folder"] for args, _ in group]
+        for run, folder in zip(group, folders):
+            name = label if len(seeds) == len(group) else f"{label}, {short(folder, folders)}"
+            result.setdefault(name, []).append(run)
+    return result
 
 
 def note_short_runs(groups: dict) -> None:
@@ -378,8 +377,7 @@ def draw_panels(groups: dict, output: Path) -> None:
 
 def draw(folders: list[Path], output: Path, thresholds=(), at_step: int = 20) -> list[list[str]]:
     """Draw the runs in `folders` to the file `output`. Returns the table, header first."""
-    groups = group_runs(read_runs(folders))
-    refuse_copies(groups)
+    groups = separate_repeats(group_runs(read_runs(folders)))
     note_short_runs(groups)
     order = list(NAMES.values())  # the scripts' order, whichever way the folders came
     rank = {name: i for i, name in enumerate(order)}
