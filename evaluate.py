@@ -9,7 +9,6 @@ completions.parquet. --resume continues an evaluation that was killed, unless th
 the data have changed since.
 """
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,6 @@ import common
 import grading
 import harness
 import inputs
-import models
 import thoughts
 
 
@@ -79,12 +77,11 @@ def main(args: Args) -> None:
     vocab_size = inputs.num_tokens(tokenizer, config)
     stop = inputs.find_stop_tokens(path, tokenizer, vocab_size)
     problems = {n: inputs.encode_prompts(p, tokenizer, args) for n, p in problems.items()}
-    content = content_of(path, problems)
+    inputs.fix_content(path, problems, args)
     verifier = grading.start_verifier()
     problems = {n: inputs.check_references(n, p, verifier, args) for n, p in problems.items()}
     inputs.fit_context(list(problems.values()), config, args)
     folder = harness.make_output_dir(args)
-    refuse_other_content(folder, content)
     say = harness.quiet(folder)
     say(f"{args.model} on {world_size} ranks, output in {folder}")
     say(f"a response ends at {' or '.join(tokenizer.convert_ids_to_tokens(stop))}")
@@ -121,50 +118,6 @@ def main(args: Args) -> None:
         say(f"all metrics are in {folder / 'results.json'}")
     verifier.stop()
     harness.shutdown(engine)
-
-
-def content_of(path: str, problems: dict[str, list[dict]]) -> dict[str, str]:
-    """What tells whether the model's files or a data set are others than before: hashes, by name.
-
-    Not times of files, which a copy or another node's download changes. Of the weights, 64 blocks
-    of 64 KiB of each file: an update changes them all, and to read 15 GB takes a while.
-    """
-    model = hashlib.sha256()
-    configs = [Path(path) / name for name in ("config.json", "generation_config.json")]
-    for file in [*filter(Path.is_file, configs), *models.weight_files(path)]:
-        size = file.stat().st_size
-        model.update(f"{file.name} {size} ".encode())
-        with open(file, "rb") as content:
-            for i in range(64):
-                content.seek(i * size // 64)
-                model.update(content.read(2**16))
-    found = {"the model": model.hexdigest()}
-    for name, rows in problems.items():
-        text = json.dumps([[row["id"], row["prompt_ids"], row["answer"]] for row in rows])
-        found[f"data set {name}"] = hashlib.sha256(text.encode()).hexdigest()
-    return found
-
-
-def refuse_other_content(folder: Path, content: dict[str, str]) -> None:
-    """Refuse to continue an evaluation whose finished parts are of another content.
-
-    content.json says what they are of. Rank 0 decides; folders of earlier versions lack the file.
-    """
-    changed, note = [[]], folder / "content.json"
-    if dist.get_rank() == 0:
-        if any((folder / "parts").glob("*.parquet")) and note.is_file():
-            before = json.loads(note.read_text())
-            changed = [[name for name, value in content.items() if before.get(name) != value]]
-        if not changed[0]:
-            temporary = note.with_suffix(".tmp")
-            temporary.write_text(json.dumps(content, indent=2) + "\n")
-            temporary.rename(note)
-    dist.broadcast_object_list(changed)
-    if changed[0]:
-        harness.fail(
-            f"--resume cannot continue {folder}: {' and '.join(changed[0])} changed since it began "
-            "under the same name; restore the old files, or give another --output-dir"
-        )
 
 
 def unfinished(parts: Path, dataset: str, problems: list[dict]) -> list[dict]:

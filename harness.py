@@ -239,7 +239,11 @@ def launch(main, args) -> None:
             finally:
                 os._exit(1)
         workarounds.leave(code)
-    if not torch.cuda.is_available() and args.preset == "paper" and not Path(args.model).is_dir():
+    if (
+        not torch.cuda.is_available()
+        and args.preset == "paper"
+        and not Path(args.model).expanduser().is_dir()
+    ):
         fail(
             f"no GPU was found, and {args.model} with the paper's setting needs a GPU node. On a "
             "laptop use --preset lab or --preset smollm, or give a local model folder as --model"
@@ -433,13 +437,22 @@ def read_args(folder: Path) -> dict:
 
 
 def refuse_changes(folder: Path, script: str, args) -> None:
-    """Refuse to continue the run in `folder` if a flag differs that --resume may not change."""
+    """Refuse to continue the run in `folder` if a flag differs that --resume may not change.
+
+    Also if the model's files or the data do: inputs.fix_content().
+    """
     before = read_args(folder)
     now = json.loads(json.dumps(dataclasses.asdict(args)))  # tuples become lists, as in the file
     changed = [
         f"--{key.replace('_', '-')} was {before[key]!r}, is now {value!r}"
         for key, value in {"script": script, **now}.items()
         if key in before and key not in flags.changeable(script) and before[key] != value
+    ]
+    content = before.get("content", {})
+    changed += [
+        f"{name} has changed under the same name"
+        for name, value in getattr(args, "content", {}).items()
+        if content.get(name, value) != value
     ]
     if changed:
         fail(f"--resume cannot continue {folder}: {'; '.join(changed)}")

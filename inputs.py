@@ -5,6 +5,8 @@ Bad input ends the program with one line: harness.fail().
 
 import collections
 import datetime
+import hashlib
+import json
 import os
 import random
 import re
@@ -108,6 +110,34 @@ def fix_date(args) -> None:
     shared = [day or datetime.date.today().isoformat()]
     dist.broadcast_object_list(shared)  # ranks may start on either side of midnight
     args.date = shared[0]
+
+
+def fix_content(path: str, datasets: dict[str, list[dict]], args) -> None:
+    """Set args.content: hashes of the model's files and of each data set, by name.
+
+    --resume compares them with those in args.json: harness.refuse_changes(). Not times of files,
+    which a copy or another node's download changes. Of the weights, 64 blocks of 64 KiB of each
+    file: an update changes them all, and to read 15 GB takes a while.
+
+    Args:
+        path: folder of the model; datasets: rows with id, prompt_ids and answer.
+    """
+    model = hashlib.sha256()
+    configs = [Path(path) / name for name in ("config.json", "generation_config.json")]
+    for file in [*filter(Path.is_file, configs), *models.weight_files(path)]:
+        size = file.stat().st_size
+        model.update(f"{file.name} {size} ".encode())
+        with open(file, "rb") as content:
+            for i in range(64):
+                content.seek(i * size // 64)
+                model.update(content.read(2**16))
+    found = {"the model": model.hexdigest()}
+    for name, rows in datasets.items():
+        text = json.dumps([[row["id"], row["prompt_ids"], row["answer"]] for row in rows])
+        found[f"data set {name}"] = hashlib.sha256(text.encode()).hexdigest()
+    shared = [found]
+    dist.broadcast_object_list(shared)  # rank 0's: all ranks must decide the same
+    args.content = shared[0]
 
 
 def load_tokenizer(path: str):

@@ -30,7 +30,7 @@ import flags
 NAMES = {"grpo_baseline": "GRPO", "prerl": "PreRL", "nsr_prerl": "NSR-PreRL", "dsrl": "DSRL"}
 SHORT = {"warmup_steps": "S", "learning_rate": "lr"}
 # In args.json beside what flags.py says; read_run() adds the folder.
-NO_METHOD = {"script", "seed", "date", "context", "folder"}
+NO_METHOD = {"script", "seed", "date", "context", "content", "folder"}
 PICTURES = (".png", ".pdf", ".svg", ".eps", ".jpg", ".jpeg", ".tif", ".tiff", ".webp")
 # Okabe and Ito's colours, told apart by colour-blind readers, and a line style for print.
 COLOURS = ["#000000", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#8C8C00"]

@@ -131,6 +131,7 @@ def main(args: Args) -> None:
     stop = inputs.find_stop_tokens(path, tokenizer, vocab_size)
     train = inputs.encode_prompts(train, tokenizer, args)
     evals = {name: inputs.encode_prompts(e, tokenizer, args) for name, e in evals.items()}
+    inputs.fix_content(path, {f"{args.dataset} (train)": train, **evals}, args)
     verifier = grading.start_verifier()
     train = inputs.check_references(args.dataset, train, verifier, args, args.num_prompts)
     evals = {name: inputs.check_references(name, e, verifier, args) for name, e in evals.items()}

@@ -21,6 +21,7 @@ from test_scripts import AUTHORS, metrics, run
 
 import common
 import evaluate as program
+import harness
 import inputs
 import thoughts
 from lab import task
@@ -191,34 +192,38 @@ def test_repeated_problems_count_once(tmp_path):
     weights["model.norm.weight"][-1] += 0.01
     save_file(weights, model / "model.safetensors", {"format": "pt"})
     output = evaluate(out, *flags, "--resume", "--num-processes", 2, code=2)
-    assert output.count("error: ") == 1 and f"cannot continue {out}: the model changed" in output
+    assert output.count("error: ") == 1 and f"{out}: the model has changed" in output
     data.write_text(data.read_text().replace("01", "02"))
     output = evaluate(out, *flags, "--resume", code=2)
-    assert f"the model and data set {data} changed since" in output
+    assert f"the model has changed under the same name; data set {data} has changed" in output
     assert (out / "results.json").read_bytes() == kept
 
 
 def test_content_of_an_evaluation(group_of_one, tmp_path, capsys):
     """Copies and other times of files are no change; folders without the note go on."""
     base, problem = ROOT / "lab" / "base", {"id": 0, "prompt_ids": [1, 2], "answer": "3"}
-    content = program.content_of(str(base), {"a": [problem]})
+    args = program.Args()
+
+    def content_of(folder, **change) -> dict:
+        inputs.fix_content(str(folder), {"a": [problem | change]}, args)
+        return args.content
+
+    content = content_of(base)
     copy = shutil.copytree(base, tmp_path / "copy", copy_function=shutil.copyfile)
-    assert program.content_of(str(copy), {"a": [problem]}) == content
+    assert content_of(copy) == content
+    before = {"script": "evaluate", **vars(args)}
+    (tmp_path / "args.json").write_text(json.dumps(before))
+    harness.refuse_changes(tmp_path, "evaluate", args)
     for change in ({"id": 1}, {"prompt_ids": [1]}, {"answer": "4"}):
-        other = program.content_of(str(copy), {"a": [problem | change]})
+        other = content_of(copy, **change)
         assert other.keys() == content.keys() and other["the model"] == content["the model"]
         assert other["data set a"] != content["data set a"]
-
-    program.refuse_other_content(tmp_path, other)
-    program.refuse_other_content(tmp_path, content)  # nothing is finished yet
-    (tmp_path / "parts").mkdir()
-    (tmp_path / "parts" / "a_000000.parquet").touch()
-    program.refuse_other_content(tmp_path, content)
     with pytest.raises(SystemExit):
-        program.refuse_other_content(tmp_path, other)
-    assert "data set a changed since it began" in capsys.readouterr().err
-    (tmp_path / "content.json").unlink()  # as in a folder of an earlier version
-    program.refuse_other_content(tmp_path, other)
+        harness.refuse_changes(tmp_path, "evaluate", args)
+    assert f"{tmp_path}: data set a has changed under the same name" in capsys.readouterr().err
+    del before["content"]  # as in a folder of an earlier version
+    (tmp_path / "args.json").write_text(json.dumps(before))
+    harness.refuse_changes(tmp_path, "evaluate", args)
 
 
 def test_rows_as_the_hub_sets_have_them(tmp_path, capsys):

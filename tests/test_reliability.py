@@ -279,6 +279,14 @@ def test_changed_flags_are_refused(whole):
     output = run("dsrl", whole, *flags, code=2)
     assert "--seed was 1, is now 2" in output and "--num-generations was 4, is now 8" in output
     assert "--script was 'dsrl', is now 'prerl'" in run("prerl", whole, "--resume", "auto", code=2)
+    file = whole / "args.json"
+    kept, args = file.read_text(), json.loads(file.read_text())
+    assert [*args["content"]] == ["the model", "data set lab (train)", "data set lab"]
+    args["content"]["data set lab (train)"] = "of other problems"
+    file.write_text(json.dumps(args))
+    output = run("dsrl", whole, *FLAGS, "--resume", "auto", code=2)
+    file.write_text(kept)
+    assert f"cannot continue {whole}: data set lab (train) has changed under" in output
 
 
 # ------------------------------------------------------------------------------ injected faults
