@@ -24,6 +24,8 @@ MEMORY = 1 << 30  # bytes a worker may take for an answer
 TIMEOUT = 5.0  # CPU seconds that verifying one answer may take; after that it scores 0
 WAIT = 20  # seconds, and times TIMEOUT: when a worker that got no CPU time is given up
 LONGEST = 1000  # characters; no answer is longer, and parsing time grows fast
+WORD = re.compile(r"(?<!\\)\b[A-Za-z]{2,}")  # \frac is none
+MOST_WORDS = 10  # of a reference answer; MATH's have up to 3, a worked solution has more
 
 
 def last_boxed(text: str) -> str | None:
@@ -165,15 +167,15 @@ def bad_references(verifier, references: list[str], args) -> list[int]:
     """Indices of the reference answers that the grader cannot use.
 
     The reference answer is written in a usual form, as a model would write it. If the grader does
-    not accept this form, no response can be correct. With --grader boxed-string only empty ones are
-    bad.
+    not accept this form, no response can be correct. With --grader boxed-string only empty ones and
+    worked solutions are bad.
     """
     futures = {
         reference: submit(verifier, verify_reference, reference)
         for reference in {reference.strip() for reference in references}
         if args.grader == "math-verify" and reference and not INTEGER.fullmatch(reference)
     }
-    bad = {""}
+    bad = {""} | {r.strip() for r in references if len(WORD.findall(r)) > MOST_WORDS}
     for reference, future in futures.items():
         try:
             met = future.result()

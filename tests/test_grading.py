@@ -481,10 +481,13 @@ def test_bad_references(pool):
     fine += ['["1/2", "0.5"]', "\\begin{pmatrix}\\frac35&1\\frac35&1\\end{pmatrix}", "2:3", "50\\%"]
     bad = ["", "}{", " ", "$", "\\text{}", "\\begin{pmatrix}1&2\\\\3\\end{pmatrix}"]
     bad += ["2007+\\frac{\\}{p}i2", "\\frac{1}{"]
+    solution = "First add the two numbers, so that 3 apples and 4 apples together make 7."
+    bad += [solution]
+    fine += [r"\text{Monday or Tuesday, but on no other of the days}", r"\frac{\sqrt{\pi}}{\ln 2}"]
     found = grading.bad_references(pool, fine + bad, args)
     assert found == list(range(len(fine), len(fine + bad)))
     args.grader = "boxed-string"
-    assert grading.bad_references(pool, ["5", "", "}{", " "], args) == [1, 3]
+    assert grading.bad_references(pool, ["5", "", "}{", " ", solution], args) == [1, 3, 4]
 
 
 AUTHORS = Path(__file__).resolve().parents[2] / "shared" / "data"
