@@ -636,8 +636,8 @@ def old_logprobs(policy, minibatches, computed, prefix, contexts, responses, arg
 def token_weights(in_loss: torch.Tensor, lengths: torch.Tensor, kind: str, max_length: int):
     """The weight in the loss of a token of each sample, [N]: --loss-aggregation.
 
-    The weights of all tokens form a mean over the whole mini-batch, so the losses of micro-batches
-    and ranks only add up.
+    They are for the whole mini-batch, so the losses of micro-batches and ranks only add up. The two
+    means' weights sum to 1.
 
     Args:
         in_loss: bool [N], the samples of the mini-batch; lengths: [N], response tokens.

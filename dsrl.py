@@ -191,7 +191,7 @@ def main(args: Args) -> None:
         kind = "mean" if warmup and args.advantage != "sign" else args.advantage
         A = common.advantages(rewards, args.num_generations, kind)
 
-        # 4. Equation (2): which samples are in the loss, in which space. Only here methods differ
+        # 4. Equation (2): which samples are in the loss, in which space. Methods differ in 3 and 4
         in_loss = (A < 0) | (not warmup)  # [N], 1[s > S or A < 0]
         contexts = [[bos]] * len(prompts) if warmup else prompts  # x^{1[s>S]}
         phase = "pretrain" if warmup else "rl"
@@ -225,7 +225,7 @@ def main(args: Args) -> None:
                 if args.tis_cap and phase == "rl":  # E_sampler -> E_trainer, truncated
                     sampler = common.sampler_logprobs(samples, batch.index, device)
                     objective = objective * (old_logp - sampler).exp().clamp(max=args.tis_cap)
-                loss = -(batch.per_token(share) * objective).sum()  # ∇loss = -∇J: equation (2)
+                loss = -(batch.per_token(share) * objective).sum()  # ∇loss = -∇J / tokens: (2)
                 (loss * world_size).backward()  # FSDP averages over ranks; the loss is a sum
                 stats += common.batch_stats(batch, loss, logp, old_logp, args)
             grad_norm = common.optimizer_step(policy, optimizer)

@@ -5,8 +5,8 @@
 
 A step that changes log π(y) also changes log π(y|x) if their gradients align. With θ' = θ + η g₁,
 
-    log π_θ'(y|x) ≈ log π_θ(y|x) + η ⟨g₁, g₂⟩        g₁ = ∇ mean_t log π(y_t | BOS, y_<t)
-                                                     g₂ = ∇ mean_t log π(y_t | x, y_<t)
+    ℓ_θ'(y|x) ≈ ℓ_θ(y|x) + η ⟨g₁, g₂⟩      g₁ = ∇ℓ(y|BOS), ℓ(y|BOS) = mean_t log π(y_t | BOS, y_<t)
+                                           g₂ = ∇ℓ(y|x), ℓ(y|x) = mean_t log π(y_t | x, y_<t)
 
 For every rollout y ~ π(·|x) this measures ⟨g₁, g₂⟩ and the cosine over all parameters; for some,
 both sides of the line above; for the whole batch, the cosines of the methods' updates with GRPO's;

@@ -188,7 +188,7 @@ def main(args: Args) -> None:
         # 3. Advantage A [N]: equation (1)
         A = common.advantages(rewards, args.num_generations, args.advantage)
 
-        # 4. Equation (2): which samples are in the loss, in which space. Only here methods differ
+        # 4. Equation (2): which samples are in the loss, in which space. Methods differ in 3 and 4
         in_loss = torch.ones_like(A, dtype=torch.bool)  # [N], all
         contexts = prompts  # log π(y_t | x, y_<t)
         phase = "rl"
@@ -222,7 +222,7 @@ def main(args: Args) -> None:
                 if args.tis_cap and phase == "rl":  # E_sampler -> E_trainer, truncated
                     sampler = common.sampler_logprobs(samples, batch.index, device)
                     objective = objective * (old_logp - sampler).exp().clamp(max=args.tis_cap)
-                loss = -(batch.per_token(share) * objective).sum()  # ∇loss = -∇J: equation (2)
+                loss = -(batch.per_token(share) * objective).sum()  # ∇loss = -∇J / tokens: (2)
                 (loss * world_size).backward()  # FSDP averages over ranks; the loss is a sum
                 stats += common.batch_stats(batch, loss, logp, old_logp, args)
             grad_norm = common.optimizer_step(policy, optimizer)

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import grading_forms  # noqa: E402
+import tyro  # noqa: E402
 from latex2sympy2_extended import NormalizationConfig  # noqa: E402
 from math_verify import LatexExtractionConfig, parse, verify  # noqa: E402
 
@@ -116,6 +117,7 @@ def sets() -> dict[str, tuple[list, list]]:
 
 
 def main() -> None:
+    """Print the table of graders."""
     logging.disable(logging.CRITICAL)
     signal.signal(signal.SIGPROF, out_of_time)
     print("| cases | grader | equal forms rejected | near misses accepted | CPU time per answer |")
@@ -131,4 +133,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)
