@@ -211,8 +211,8 @@ def render(values: dict) -> str:
 <p>A token is <span class=with style="background:rgba({BLUE},.4)">blue</span> if the prompt makes it
 likelier, log π(y<sub>t</sub>|x) &gt; log π(y<sub>t</sub>|BOS), and
 <span class=without style="background:rgba({ORANGE},.4)">orange</span> if the prompt makes it less
-likely. Full colour is {FULL:g} nats. The responses were chosen so that their texts differ; a
-training batch keeps repeated ones.</p>"""
+likely. Full colour is {FULL:g} nats. The responses were chosen so that their texts differ and a
+group has both rewards; a training batch is as it comes.</p>"""
     for p, problem in enumerate(values["problems"]):
         prompt = f"<pre>{html.escape(problem['text'])}</pre>"
         if len(problem["text"]) > 400:
