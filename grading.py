@@ -24,8 +24,8 @@ MEMORY = 1 << 30  # bytes a worker may take for an answer
 TIMEOUT = 5.0  # CPU seconds that verifying one answer may take; after that it scores 0
 WAIT = 20  # seconds, and times TIMEOUT: when a worker that got no CPU time is given up
 LONGEST = 1000  # characters; no answer is longer, and parsing time grows fast
-WORD = re.compile(r"(?<!\\)\b[A-Za-z]{2,}")  # \frac is none
-MOST_WORDS = 10  # of a reference answer; MATH's have up to 3, a worked solution has more
+PROSE = re.compile(r"\b[A-Za-z]{2,} (?=[A-Za-z])")  # a word before another one
+MOST_PROSE = 10  # such words of a reference answer; MATH's have up to 2, worked solutions more
 
 
 def last_boxed(text: str) -> str | None:
@@ -175,7 +175,7 @@ def bad_references(verifier, references: list[str], args) -> list[int]:
         for reference in {reference.strip() for reference in references}
         if args.grader == "math-verify" and reference and not INTEGER.fullmatch(reference)
     }
-    bad = {""} | {r.strip() for r in references if len(WORD.findall(r)) > MOST_WORDS}
+    bad = {""} | {r.strip() for r in references if len(PROSE.findall(r)) > MOST_PROSE}
     for reference, future in futures.items():
         try:
             met = future.result()

@@ -284,7 +284,8 @@ def forward_signals() -> None:
         ranks = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         if not ranks:  # they have not started
             sys.exit(128 + number)
-        kill = asked and number != signal.SIGHUP  # a closing terminal sends that more than once
+        # A closing terminal sends SIGHUP more than once, and other signals may follow.
+        kill = number != signal.SIGHUP and any(before != signal.SIGHUP for before in asked)
         if not asked:
             with contextlib.suppress(OSError):  # the terminal or `| tee` has gone
                 print(
@@ -442,16 +443,18 @@ def refuse_changes(folder: Path, script: str, args) -> None:
     Also if the model's files or the data do: inputs.fix_content().
     """
     before = read_args(folder)
+    content, new_content = before.get("content", {}), getattr(args, "content", {})
+    same_model = content.get("the model", "?") == new_content.get("the model")  # at another path
     now = json.loads(json.dumps(dataclasses.asdict(args)))  # tuples become lists, as in the file
     changed = [
         f"--{key.replace('_', '-')} was {before[key]!r}, is now {value!r}"
         for key, value in {"script": script, **now}.items()
         if key in before and key not in flags.changeable(script) and before[key] != value
+        if not (key == "model" and same_model)
     ]
-    content = before.get("content", {})
     changed += [
         f"{name} has changed under the same name"
-        for name, value in getattr(args, "content", {}).items()
+        for name, value in new_content.items()
         if content.get(name, value) != value
     ]
     if changed:
@@ -801,6 +804,8 @@ def find_checkpoint(folder: Path, args) -> Path | None:
         fail(f"--resume {path} is not a checkpoint: give RUN/checkpoints/step_NNNNNN, or auto")
     elif path and not is_whole(path):
         fail(f"--resume {path} is not a whole checkpoint: give an older one, or auto")
+    if path and path.name > f"step_{args.num_steps:06d}":
+        fail(f"--num-steps {args.num_steps} is before {path}, from where the run would go on")
     return path
 
 

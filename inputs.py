@@ -427,7 +427,10 @@ def check_references(
         f"{name}: {len(bad)} of {len(problems)} reference answers cannot be read ({shown}{more})"
     )
     if len(bad) > MAX_BAD_REFERENCES * len(problems):
-        fail(f"data set {message}: more than {MAX_BAD_REFERENCES:.0%}. Repair or remove them")
+        fail(
+            f"data set {message}: more than {MAX_BAD_REFERENCES:.0%}. Give final answers, "
+            "not worked solutions, and remove what is broken"
+        )
     if len(kept) < at_least:
         fail(f"--num-prompts {at_least}: {name} has only {len(kept)} usable problems")
     if bad:

@@ -169,6 +169,8 @@ def main(args: Args) -> None:
             harness.fail(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
     if reason := flags.unwritable(Path(args.output)):
         harness.fail(f"--output {args.output} cannot be written: {reason}")
+    if not 0 <= args.seed < 2**32:
+        harness.fail(f"--seed must be from 0 to {2**32 - 1}, not {args.seed}")
     torch.manual_seed(args.seed)
     try:
         kinds = [*inputs.SMALL_FILES, "model*.safetensors"]

@@ -109,9 +109,11 @@ def read_run(folder: Path) -> tuple[dict, list[dict]]:
     try:
         args = json.loads((folder / "args.json").read_text())
         lines = (folder / "metrics.jsonl").read_text().splitlines()
-        rows = [json.loads(line) for line in lines]
+        rows = [json.loads(line) for line in lines if line.endswith("}")]  # the last may be cut
     except json.JSONDecodeError as error:
         fail(f"{folder}: broken JSON in args.json or metrics.jsonl ({error})")
+    if not rows:
+        fail(f"{folder}: broken JSON in metrics.jsonl, whose only line is cut")
     args.setdefault("script", folder.resolve().name.split("__")[0])
     return args | {"folder": str(folder)}, rows
 
@@ -279,7 +281,8 @@ def table(groups: dict, thresholds: tuple[float, ...], at_step: int) -> list[lis
     lines = [header]
     for label, group in groups.items():
         points = curves[label]
-        line = [label, str(len(group))]
+        count = sum(bool(curve([run], accuracy)) for run in group)  # that the accuracy is of
+        line = [label, str(count or len(group))]
         line += (
             [f"{points[-1][1]:.3f}", f"{max(p[1] for p in points):.3f}"] if points else 2 * ["-"]
         )

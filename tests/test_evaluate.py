@@ -213,7 +213,9 @@ def test_content_of_an_evaluation(group_of_one, tmp_path, capsys):
     assert content_of(copy) == content
     before = {"script": "evaluate", **vars(args)}
     (tmp_path / "args.json").write_text(json.dumps(before))
+    name, args.model = args.model, "elsewhere"  # the same model, moved
     harness.refuse_changes(tmp_path, "evaluate", args)
+    args.model = name
     for change in ({"id": 1}, {"prompt_ids": [1]}, {"answer": "4"}):
         other = content_of(copy, **change)
         assert other.keys() == content.keys() and other["the model"] == content["the model"]

@@ -481,9 +481,17 @@ def test_bad_references(pool):
     fine += ['["1/2", "0.5"]', "\\begin{pmatrix}\\frac35&1\\frac35&1\\end{pmatrix}", "2:3", "50\\%"]
     bad = ["", "}{", " ", "$", "\\text{}", "\\begin{pmatrix}1&2\\\\3\\end{pmatrix}"]
     bad += ["2007+\\frac{\\}{p}i2", "\\frac{1}{"]
-    solution = "First add the two numbers, so that 3 apples and 4 apples together make 7."
+    solution = "First add the two numbers, so that 3 apples and 4 apples together make 7. "
+    solution += "He eats one of them each day, which takes him a week."
     bad += [solution]
-    fine += [r"\text{Monday or Tuesday, but on no other of the days}", r"\frac{\sqrt{\pi}}{\ln 2}"]
+    fine += [r"\text{Monday or Tuesday, but on no other day}", r"\frac{\sqrt{\pi}}{\ln 2}"]
+    fine += [
+        "ab+bc+cd+de+ef+fg+gh+hi+ij+jk+kl+lm",
+        "HHH, HHT, HTH, HTT, THH, THT, TTH, TTT, HH, HT, TT",
+    ]
+    fine += [
+        '["yes", "it is", "it is true", "true", "correct", "this is right", "the claim holds"]'
+    ]
     found = grading.bad_references(pool, fine + bad, args)
     assert found == list(range(len(fine), len(fine + bad)))
     args.grader = "boxed-string"

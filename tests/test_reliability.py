@@ -202,9 +202,10 @@ def test_a_lost_terminal(tmp_path):
     )
     assert any(line.startswith("step 2/") for line in process.stdout)
     process.stdout.close()
-    for _ in range(2):
-        process.send_signal(signal.SIGHUP)
-    assert process.wait(HANG) == 128 + signal.SIGHUP
+    for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM):
+        process.send_signal(number)
+        time.sleep(0.01)  # each has been passed on
+    assert process.wait(HANG) in (128 + signal.SIGHUP, 128 + signal.SIGTERM)
     steps = lines(folder) - 1
     assert 2 <= steps < 6
     assert [p.name for p in (folder / "checkpoints").iterdir()] == [f"step_{steps:06d}"]
@@ -229,15 +230,16 @@ def test_which_checkpoint_is_resumed(whole, tmp_path, one_rank, capsys):
     folder = shutil.copytree(whole, tmp_path / "run")
     five, six = (folder / "checkpoints" / f"step_00000{step}" for step in (5, 6))
 
-    def found(resume: str) -> Path | None:
-        return harness.find_checkpoint(folder, SimpleNamespace(resume=resume))
+    def found(resume: str, steps: int = 6) -> Path | None:
+        return harness.find_checkpoint(folder, SimpleNamespace(resume=resume, num_steps=steps))
 
-    def refused(resume: str) -> str:
+    def refused(*words) -> str:
         with pytest.raises(SystemExit):
-            found(resume)
+            found(*words)
         return capsys.readouterr().err
 
     assert found("auto") == six and found(str(five)) == five
+    assert f"--num-steps 5 is before {six}" in refused("auto", 5)
     part = next(six.glob("*.distcp"))
     part.write_bytes(part.read_bytes()[:-1])
     assert found("auto") == five and "is not a whole checkpoint" in refused(str(six))

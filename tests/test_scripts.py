@@ -599,7 +599,7 @@ def test_unreadable_references(tmp_path):
     assert (
         "3 of 50 reference answers cannot be read (row 0: '}{'; row 1: '}{'; row 2: '}{')" in output
     )
-    assert "more than 5%. Repair or remove them" in output
+    assert "more than 5%. Give final answers, not worked solutions" in output
     assert not (tmp_path / "refused").exists()
     rows[0]["answer"] = "01"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
