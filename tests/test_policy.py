@@ -286,7 +286,7 @@ def test_checkpoint_and_export(request, tmp_path, tied):
 
     again, args = load(folder)
     optimizer = common.make_optimizer(again, args)
-    path = harness.find_checkpoint(tmp_path, types.SimpleNamespace(resume="auto"))
+    path = harness.find_checkpoint(tmp_path, types.SimpleNamespace(resume="auto", num_steps=9))
     assert harness.load_checkpoint(tmp_path, again, optimizer, path) == 1
     train(again, optimizer, 2)
     for a, b in zip(policy.parameters(), again.parameters()):
