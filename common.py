@@ -150,7 +150,9 @@ class TokenLogprobs(torch.autograd.Function):
         begin at multiples of 8, because a GPU has no fast kernels for an odd vocabulary size.
         """
         rows, words = min(chunk, len(h)), len(W)
-        product = h.new_empty(rows, (words + 7) // 8 * 8)[:, :words]
+        product = h.new_empty(rows, (words + 7) // 8 * 8)
+        product[:, words:] = 0  # a CPU's bfloat16 kernels read this, and 0 * NaN is NaN
+        product = product[:, :words]
         wide = product.to(torch.promote_types(h.dtype, torch.float32))  # itself, if h is float32
         for i in range(0, len(h), chunk):
             c = slice(i, min(i + chunk, len(h)))

@@ -240,3 +240,21 @@ def test_responses_without_a_counted_token():
     counted, lengths = torch.tensor([True, True]), torch.tensor([0, 4])
     for kind in ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"):
         assert common.token_weights(counted, lengths, kind, 8).isfinite().all()
+
+
+def test_gradients_do_not_depend_on_what_memory_held():
+    """In bfloat16 a CPU's kernel reads beyond a row's end, where new memory may hold NaN."""
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    try:
+        torch.manual_seed(0)
+        h = torch.randn(60, 32, dtype=torch.bfloat16, requires_grad=True)
+        W = torch.randn(21, 32, dtype=torch.bfloat16, requires_grad=True)
+        y = torch.randint(21, (60,))
+        common.TokenLogprobs.apply(h, W, None, y, 1.0, 1.0, math.inf, 64).sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    wanted = torch.autograd.grad(
+        (h @ W.T).float().log_softmax(-1).gather(1, y[:, None]).sum(), (h, W)
+    )
+    for ours, theirs in zip((h.grad, W.grad), wanted):
+        assert torch.allclose(ours, theirs, rtol=0.05, atol=0.1)
