@@ -388,7 +388,7 @@ def make_output_dir(args) -> Path:
     folder = [args.output_dir or f"runs/{script}__{model}__{data}__s{args.seed}__{when}"]
     dist.broadcast_object_list(folder)
     folder = Path(folder[0])
-    marks = ("metrics.jsonl", "parts", "results.json", "alignment.json")
+    marks = ("metrics.jsonl", "checkpoints", "parts", "results.json", "alignment.json")
     used = any((folder / name).exists() for name in marks)
     if used and not getattr(args, "resume", False):
         fail(f"{folder} holds another run: give another --output-dir, or --resume to continue it")
@@ -789,16 +789,18 @@ def is_whole(path: Path) -> bool:
 def find_checkpoint(folder: Path, args) -> Path | None:
     """The checkpoint that --resume names, or None. "auto" is the run's latest whole one, if any.
 
-    Refuses to start over in the folder of a finished run.
+    Refuses to start over in the folder of a finished run, or of checkpoints that are all broken.
     """
     path = Path(args.resume) if args.resume else None
     if args.resume == "auto":
         found = sorted((folder / "checkpoints").glob("step_??????"), reverse=True)
-        chosen = [next(filter(is_whole, found), None), (folder / "model").exists()]
+        finished = (folder / "model").exists()
+        chosen = [next(filter(is_whole, found), None), bool(found), finished]
         dist.broadcast_object_list(chosen)  # ranks that see other files must not go other ways
-        path, finished = chosen
-        if finished and not path:
-            fail(f"{folder} holds a finished run without a checkpoint: give another --output-dir")
+        path, found, finished = chosen
+        if not path and (found or finished):
+            what = "no whole checkpoint" if found else "a finished run without a checkpoint"
+            fail(f"{folder} holds {what}: give another --output-dir")
         announce(f"continuing from {path}" if path else f"no checkpoint in {folder}: from step 1")
     elif path and not (re.fullmatch(r"step_\d{6}", path.name) and (path / ".metadata").is_file()):
         fail(f"--resume {path} is not a checkpoint: give RUN/checkpoints/step_NNNNNN, or auto")

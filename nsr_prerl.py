@@ -222,7 +222,7 @@ def main(args: Args) -> None:
                 if args.tis_cap and phase == "rl":  # E_sampler -> E_trainer, truncated
                     sampler = common.sampler_logprobs(samples, batch.index, device)
                     objective = objective * (old_logp - sampler).exp().clamp(max=args.tis_cap)
-                loss = -(batch.per_token(share) * objective).sum()  # ∇loss = -∇J / tokens: (2)
+                loss = -(batch.per_token(share) * objective).sum()  # equation (2): ∇loss ∝ -∇J
                 (loss * world_size).backward()  # FSDP averages over ranks; the loss is a sum
                 stats += common.batch_stats(batch, loss, logp, old_logp, args)
             grad_norm = common.optimizer_step(policy, optimizer)

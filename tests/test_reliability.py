@@ -250,6 +250,11 @@ def test_which_checkpoint_is_resumed(whole, tmp_path, one_rank, capsys):
     assert [learned(row) for row in metrics(folder)] == [learned(row) for row in metrics(whole)]
     assert same(weights(folder), weights(whole))
     (five / ".metadata").unlink()
+    assert "holds no whole checkpoint: give another --output-dir" in refused("auto")
+    (folder / "metrics.jsonl").rename(tmp_path / "metrics.jsonl")  # a new run would remove them
+    assert "holds another run" in run("dsrl", folder, *FLAGS, code=2) and five.is_dir()
+    (tmp_path / "metrics.jsonl").rename(folder / "metrics.jsonl")
+    shutil.rmtree(five)
     assert "finished run without a checkpoint: give another --output-dir" in refused("auto")
     assert len(metrics(folder)) == 7
     shutil.rmtree(folder / "model")
